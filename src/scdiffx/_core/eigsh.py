@@ -1,0 +1,395 @@
+"""The algebraically largest eigenpairs of a symmetric operator, by a block Chebyshev-Davidson iteration.
+
+A search space grows by a narrow window of filtered *residuals* at a time and is compressed to its best Ritz vectors
+when full. The polynomial filter damps the known, unwanted part of the spectrum. Because it acts on residuals,
+``p(A) x - p(l) x``, and only supplies directions, it runs in float32 even when the answer is wanted in float64:
+Ritz values, residuals and orthogonality alone are kept in the full precision.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+__all__ = ["Eigen", "dtype_of", "eigsh", "product"]
+
+_WINDOW = 8  # columns filtered at once: wide enough for the gather kernel, narrow enough to skip what has converged
+_DEGREE = 20  # largest filter degree; above it the search space would be refreshed too rarely
+_GROWTH = 1e4  # by how much a filter may amplify the top of the spectrum over the window: rounding noise grows as much
+_PROBES = 12  # Lanczos steps that bound the spectrum
+_DENSE = 256  # up to this size the dense decomposition is faster and safer
+
+product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+class Eigen(NamedTuple):
+    """The `k` algebraically largest eigenpairs in decreasing order, and how well they were found."""
+
+    values: Float[Array, " k"]
+    vectors: Float[Array, "n k"]
+    residuals: Float[Array, " k"]
+    """``||A v - l v||`` of each pair."""
+    converged: Bool[Array, ""]
+    """Whether every residual is within the tolerance; otherwise raise `max_steps`."""
+    n_matvecs: Int[Array, ""]
+    """Products of `A` with one vector."""
+
+
+class _Space(NamedTuple):
+    """A search space: orthonormal columns (null ones are 0), their images, and its Rayleigh-Ritz decomposition."""
+
+    basis: Array
+    image: Array
+    gram: Array
+    valid: Array
+    size: Array
+    values: Array
+    rotation: Array
+
+
+class _Bounds(NamedTuple):
+    lower: Array
+    """Safe lower bound of the spectrum."""
+    cut: Array
+    """First guess of where its wanted part begins."""
+    upper: Array
+    """Safe upper bound."""
+
+
+class _State(NamedTuple):
+    space: _Space
+    bounds: _Bounds
+    seeds: Array
+    """Windows of random vectors still to be added."""
+    done: Array
+    """Leading Ritz pairs known to have converged."""
+    finished: Array
+    steps: Array
+    matvecs: Array
+
+
+class _Plan(NamedTuple):
+    """Sizes of one problem (static), and its tolerance (not, so that compiled code serves every tolerance)."""
+
+    k: int
+    block: int
+    keep: int
+    capacity: int
+    tol: Array
+
+
+def dtype_of(A: Any) -> Any:
+    """The floating dtype of the leaves of an operator."""
+    dtypes = [x.dtype for x in jax.tree.leaves(A) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)]
+    if not dtypes:
+        raise TypeError(f"the operator of type {type(A).__name__} holds no array of floats")
+    return jnp.result_type(*dtypes)
+
+
+def _lowered(A: Any) -> Any:
+    """The operator with its float64 leaves in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.result_type(x) == jnp.float64 else x, A)
+
+
+def eigsh(
+    A: Any,
+    k: int,
+    *,
+    start: Float[Array, "n m"] | None = None,
+    tol: float | None = None,
+    max_steps: int = 300,
+    oversample: int = 8,
+) -> Eigen:
+    """The `k` algebraically largest eigenpairs of a symmetric operator; jit-able, without a derivative of its own.
+
+    Parameters
+    ----------
+    A
+        Symmetric operator of shape (n, n): a pytree with ``A @ V`` for dense (n, b) and ``A.shape``.
+    k
+        Number of eigenpairs.
+    start
+        Approximate eigenvectors (n, m), for instance of a nearby problem. If they are converged already (``m >= k``),
+        the only work is one product with each of them. They must be approximations of the *leading* pairs: exact
+        eigenvectors from elsewhere in the spectrum would be believed.
+    tol
+        Bound of the residual norms relative to the largest eigenvalue in magnitude. Default: 1e-10 in float64, 5e-6 in
+        float32.
+    max_steps
+        Filter steps, each of up to 20 products with 8 vectors, before giving up (``converged=False``).
+    oversample
+        Eigenpairs iterated beyond `k`, at least 8. A larger value helps if the spectrum is dense around the k-th.
+
+    References
+    ----------
+    Zhou (2010), A block Chebyshev-Davidson method with inner-outer restart for large eigenvalue problems.
+    """
+    n = A.shape[0]
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} eigenpairs were asked of an operator of shape {tuple(A.shape)}; k must be in 1..{n}")
+    if start is not None and (start.ndim != 2 or start.shape[0] != n):
+        raise ValueError(f"start must have shape ({n}, m), got {start.shape}")
+    if oversample < _WINDOW:
+        raise ValueError(f"oversample={oversample} must be at least {_WINDOW}")
+    tol = (1e-10 if dtype_of(A) == jnp.float64 else 5e-6) if tol is None else tol
+    return _eigsh(A, start, k, oversample, tol, max_steps)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _eigsh(A: Any, start: Array | None, k: int, oversample: int, tol: Array, max_steps: Array) -> Eigen:
+    block = k + oversample
+    keep = block + _WINDOW
+    plan = _Plan(k, block, keep, keep + 4 * _WINDOW, tol)
+    if A.shape[0] <= max(_DENSE, 2 * plan.capacity):
+        return _dense(A, plan)
+    low = _lowered(A)
+    state = _started(A, start, plan)
+    bounds = lax.cond(state.finished, lambda: state.bounds, lambda: _bounds(low))
+    matvecs = jnp.where(state.finished, state.matvecs, state.matvecs + _PROBES)
+    state = state._replace(bounds=bounds, matvecs=matvecs)
+
+    def going(s: _State) -> Array:
+        return ~s.finished & (s.steps < max_steps) & jnp.isfinite(s.space.values[0])
+
+    def body(s: _State) -> _State:
+        s, residual = _advance(s, plan)
+        return lax.cond(s.finished, lambda s, _: s, lambda s, r: _step(A, low, s, r, plan), s, residual)
+
+    return _result(lax.while_loop(going, body, state), plan)
+
+
+def _result(state: _State, plan: _Plan) -> Eigen:
+    space, k = state.space, plan.k
+    vectors = product(space.basis, space.rotation[:, :k])
+    residuals = jnp.linalg.norm(product(space.image, space.rotation[:, :k]) - vectors * space.values[:k], axis=0)
+    residuals = jnp.where(jnp.arange(k) < space.valid.sum(), residuals, jnp.inf)
+    ok = (residuals <= plan.tol * _scale(space)).all()
+    return Eigen(space.values[:k], vectors, residuals, ok, state.matvecs)
+
+
+def _dense(A: Any, plan: _Plan) -> Eigen:
+    n, dtype = A.shape[0], dtype_of(A)
+    matrix = A @ jnp.eye(n, dtype=dtype)
+    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = values[::-1][: plan.k], vectors[:, ::-1][:, : plan.k]
+    residuals = jnp.linalg.norm(product(matrix, vectors) - vectors * values, axis=0)
+    return Eigen(values, vectors, residuals, jnp.isfinite(residuals).all(), jnp.asarray(n, jnp.int32))
+
+
+# ------------------------------------------------------------------------------------------------- the search space
+
+
+def _scale(space: _Space) -> Array:
+    return jnp.abs(jnp.where(space.valid, space.values, 0)).max()
+
+
+def _empty(n: int, capacity: int, dtype: Any) -> _Space:
+    tall, square = jnp.zeros((n, capacity), dtype), jnp.zeros((capacity, capacity), dtype)
+    row = jnp.zeros(capacity, dtype)
+    return _Space(tall, tall, square, row > 0, jnp.zeros((), jnp.int32), row, square)
+
+
+def _append(A: Any, space: _Space, directions: Array) -> _Space:
+    """Grow the space by the part of `directions` that is new to it, and solve the projected problem."""
+    new = _orthonormalised(directions, space.basis)
+    image = A @ new
+    put = partial(lax.dynamic_update_slice_in_dim, start_index=space.size)
+    basis, images = put(space.basis, new, axis=1), put(space.image, image, axis=1)
+    cross = product(basis.T, image)
+    gram = put(put(space.gram, cross, axis=1), cross.T, axis=0)
+    valid = put(space.valid, jnp.square(new).sum(0) > 0.5, axis=0)
+    size = space.size + new.shape[1]
+    return _ritz(space._replace(basis=basis, image=images, gram=gram, valid=valid, size=size))
+
+
+def _ritz(space: _Space) -> _Space:
+    gram = (space.gram + space.gram.T) / 2
+    # Null columns have eigenvalue 0, which may be larger than wanted ones: push them below everything else.
+    largest = jnp.abs(gram).sum(1).max()
+    floor = jnp.where(largest > 0, -2 * largest, -1)
+    values, rotation = jnp.linalg.eigh(gram + jnp.diag(jnp.where(space.valid, 0, floor)))
+    # eigh is ascending, so the valid Ritz values come first after the reversal.
+    return space._replace(values=values[::-1], rotation=rotation[:, ::-1])
+
+
+def _compressed(space: _Space, keep: int) -> _Space:
+    """The best `keep` Ritz vectors as the new basis."""
+    capacity = space.valid.shape[0]
+    kept = jnp.arange(capacity) < jnp.minimum(keep, space.valid.sum())
+    rotation = jnp.where(kept[:keep], space.rotation[:, :keep], 0)
+    values = jnp.where(kept, space.values, 0)
+
+    def rotate(columns: Array) -> Array:
+        return jnp.zeros_like(columns).at[:, :keep].set(product(columns, rotation))
+
+    basis, image = rotate(space.basis), rotate(space.image)
+    eye = jnp.eye(capacity, dtype=values.dtype)
+    return _Space(basis, image, jnp.diag(values), kept, jnp.asarray(keep, jnp.int32), space.values, eye)
+
+
+def _orthonormalised(columns: Array, basis: Array) -> Array:
+    """`columns` made orthonormal among themselves and to `basis`; columns without a new direction become 0.
+
+    The Gram matrix is decomposed and its null part cut, as a Cholesky factor of it turns to NaN in float32.
+    """
+    eps = jnp.finfo(columns.dtype).eps
+
+    def sweep(turn: Array, columns: Array) -> Array:
+        columns = columns - product(basis, product(basis.T, columns))
+        norm = jnp.linalg.norm(columns, axis=0)
+        columns = jnp.where(norm > 10 * eps, columns / jnp.maximum(norm, eps), 0)
+        weights, axes = jnp.linalg.eigh(product(columns.T, columns))
+        # The second sweep removes what rounding left; a unit column that shrinks in it was noise.
+        floor = jnp.where(turn == 0, 10 * eps, 0.1)
+        return product(columns, axes * jnp.where(weights > floor, lax.rsqrt(jnp.maximum(weights, eps)), 0))
+
+    return lax.fori_loop(0, 2, sweep, _normalised(columns))
+
+
+def _normalised(columns: Array) -> Array:
+    """Unit columns; zero and non-finite ones become 0."""
+    columns = jnp.where(jnp.isfinite(columns), columns, 0)
+    largest = jnp.abs(columns).max(0)
+    columns = columns / jnp.where(largest > 0, largest, 1)  # so that the squares neither overflow nor vanish
+    norm = jnp.linalg.norm(columns, axis=0)
+    return columns / jnp.where(norm > 0, norm, 1)
+
+
+# --------------------------------------------------------------------------------------------------- the iteration
+
+
+def _started(A: Any, start: Array | None, plan: _Plan) -> _State:
+    space, m = _empty(A.shape[0], plan.capacity, dtype_of(A)), 0
+    if start is not None:
+        m = min(start.shape[1], plan.block)
+        space = _append(A, space, start[:, :m].astype(dtype_of(A)))
+    nothing = jnp.zeros((), dtype_of(_lowered(A)))
+    zero = jnp.zeros((), jnp.int32)
+    seeds = jnp.asarray(-(-(plan.block - m) // _WINDOW), jnp.int32)
+    state = _State(space, _Bounds(nothing, nothing, nothing), seeds, zero, zero > 0, zero, zero + m)
+    return _advance(state, plan)[0] if m >= plan.k else state
+
+
+def _advance(state: _State, plan: _Plan) -> tuple[_State, Array]:
+    """Pass over the converged Ritz pairs; the residuals of the window behind them are what is filtered next."""
+    space, bound = state.space, plan.tol * _scale(state.space)
+
+    def window(carry: Any) -> Any:
+        done, _, whole, _ = carry
+        residual = _residuals(space, done)
+        exists = done + jnp.arange(_WINDOW) < space.valid.sum()
+        good = exists & (jnp.linalg.norm(residual, axis=0) <= bound)
+        done = done + jnp.cumprod(good).sum().astype(done.dtype)
+        # Pairs found late push earlier ones down the list: nothing counts before one pass has seen all of them.
+        again = (done >= plan.k) & ~whole
+        return jnp.where(again, 0, done), residual, whole | again, again | (good[0] & (done < plan.k))
+
+    blank = jnp.zeros((space.basis.shape[0], _WINDOW), space.basis.dtype)
+    first = (state.done, blank, state.done == 0, jnp.asarray(True))
+    done, residual, *_ = lax.while_loop(lambda carry: carry[3], window, first)
+    return state._replace(done=done, finished=done >= plan.k), residual
+
+
+def _residuals(space: _Space, at: Array) -> Array:
+    rotation = lax.dynamic_slice_in_dim(space.rotation, at, _WINDOW, axis=1)
+    values = lax.dynamic_slice_in_dim(space.values, at, _WINDOW)
+    return product(space.image, rotation) - product(space.basis, rotation) * values
+
+
+def _step(A: Any, low: Any, state: _State, residual: Array, plan: _Plan) -> _State:
+    """Add one window to the space: filtered noise at first, then filtered residuals."""
+    space, bounds, seeding = state.space, state.bounds, state.seeds > 0
+    dtype = bounds.lower.dtype
+    target = lax.dynamic_slice_in_dim(space.values, state.done, _WINDOW).astype(dtype)
+    ritz = jnp.stack([space.values[jnp.minimum(plan.keep, space.valid.sum()) - 1], space.values[0]]).astype(dtype)
+    cut, top = jnp.where(seeding, jnp.stack([bounds.cut, bounds.upper]), ritz)
+    target = jnp.where(seeding, cut, target)
+    source = jnp.where(seeding, 0, _normalised(residual)).astype(dtype)
+    seed = lax.cond(
+        seeding, lambda: _noise(source.shape[0], source.shape[1], state.seeds, dtype), lambda: jnp.zeros_like(source)
+    )
+    degree = _degree(bounds.lower, cut, top, target[-1])
+    fresh = _filtered(low, seed, source, target, bounds.lower, cut, degree).astype(residual.dtype)
+    full = space.size + _WINDOW > plan.capacity
+    space = _append(A, lax.cond(full, lambda s: _compressed(s, plan.keep), lambda s: s, space), fresh)
+    matvecs = state.matvecs + _WINDOW * degree
+    return state._replace(space=space, steps=state.steps + 1, seeds=state.seeds - seeding, matvecs=matvecs)
+
+
+# ------------------------------------------------------------------------------------------------------ the filter
+
+
+def _noise(n: int, columns: int, seed: Any, dtype: Any) -> Array:
+    """Uniform numbers in [-1, 1), the same under any settings: a hash, which compiles faster than a PRNG."""
+    bits = jnp.arange(n * columns, dtype=jnp.uint32) + jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits = (bits ^ (bits >> 16)) >> 8  # 24 bits: exact in float32
+    return (bits.astype(jnp.float32) / 2**23 - 1).astype(dtype).reshape(n, columns)
+
+
+def _bounds(A: Any) -> _Bounds:
+    """Bounds of the spectrum from a few Lanczos steps."""
+    start = _normalised(_noise(A.shape[0], 1, 0, dtype_of(A)))
+    basis = jnp.zeros((_PROBES + 1, A.shape[0]), start.dtype).at[0].set(start[:, 0])
+    projected = jnp.zeros((_PROBES + 1, _PROBES + 1), start.dtype)
+
+    def lanczos(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        basis, projected = carry
+        w = (A @ basis[j][:, None])[:, 0]
+        coefficients = product(basis, w)
+        w = w - product(coefficients, basis)
+        w = w - product(product(basis, w), basis)
+        norm = jnp.linalg.norm(w)
+        basis = basis.at[j + 1].set(_normalised(w[:, None])[:, 0])
+        return basis, projected.at[j].set(coefficients).at[j, j + 1].set(norm)
+
+    _, projected = lax.fori_loop(0, _PROBES, lanczos, (basis, projected))
+    square, leak = projected[:_PROBES, :_PROBES], projected[_PROBES - 1, _PROBES]
+    ritz = jnp.linalg.eigvalsh((square + square.T) / 2)
+    return _Bounds(ritz[0] - leak, ritz[-3], ritz[-1] + leak)
+
+
+def _mapped(lower: Array, cut: Array) -> tuple[Array, Array]:
+    """Centre and half width of the damped interval; the width never vanishes."""
+    least = jnp.finfo(lower.dtype).eps * jnp.maximum(jnp.abs(cut), jnp.abs(lower)) + jnp.finfo(lower.dtype).tiny
+    return (cut + lower) / 2, jnp.maximum((cut - lower) / 2, least)
+
+
+def _degree(lower: Array, cut: Array, top: Array, target: Array) -> Array:
+    """The degree at which the filter favours the top over the `target` by no more than `_GROWTH`."""
+    centre, half = _mapped(lower, cut)
+    rate = [jnp.arccosh(jnp.maximum((x - centre) / half, 1)) for x in (top, target)]
+    degree = jnp.log(_GROWTH) / jnp.maximum(rate[0] - rate[1], jnp.log(_GROWTH) / _DEGREE)
+    return jnp.clip(degree, 2, _DEGREE).astype(jnp.int32)
+
+
+def _filtered(A: Any, seed: Array, source: Array, values: Array, lower: Array, cut: Array, degree: Array) -> Array:
+    """Unit vectors along ``p(A) x - p(l) x`` for columns x with Ritz value l, given only ``source = A x - l x``.
+
+    p is the Chebyshev polynomial that stays within 1 on [lower, cut]. Both it and its multiple of x are divided by
+    its value at l, lest they overflow; the recurrence below is that of the difference. With no source, a `seed` is
+    filtered itself (by the Chebyshev polynomial of the second kind).
+    """
+    centre, half = _mapped(lower, cut)
+    level, source = (values - centre) / half, source / half
+    reference = jnp.maximum(level, 1)
+
+    def climb(_: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        before, now, weight_before, weight, ratio = carry
+        following = 1 / (2 * reference - ratio)
+        image = (A @ now - centre * now) / half
+        after = following * (2 * image - ratio * before + 2 * weight * source)
+        weight_after = following * (2 * level * weight - ratio * weight_before)
+        return now, after, weight, weight_after, following
+
+    ones = jnp.ones_like(level)
+    first = (jnp.zeros_like(source), seed + source / reference, ones, level / reference, ones / reference)
+    result = _normalised(lax.fori_loop(1, degree, climb, first)[1])
+    # Where the operator vanishes so may the filter; any direction is as good there.
+    return jnp.where((result == 0).all(0), seed, result)

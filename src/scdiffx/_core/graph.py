@@ -1,0 +1,357 @@
+"""Sparse graphs of fixed width: the pattern is found once on the host, the values are differentiable.
+
+An edge lives in a *slot*, a position of an array of shape ``(rows, width)``. Row ``i < n`` holds the first ``width``
+edges of cell ``i``; the surplus of high-degree cells goes to overflow rows, whose owner is listed apart, so memory
+follows the number of edges and not the largest degree. Every pattern is symmetric (an absent direction holds a 0), and
+`reverse` names the slot of the opposite edge, so that the transpose of each kernel is again a gather: naive
+differentiation would scatter, which costs several times more.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Array, Bool, Float, Int
+
+__all__ = [
+    "Graph",
+    "Pattern",
+    "columns_to_slots",
+    "flip",
+    "reachable",
+    "row_sums",
+    "rows_to_slots",
+    "squared_distances",
+]
+
+
+class Pattern(NamedTuple):
+    """Where the edges of a graph are. Pad slots (not `valid`) point at cell 0; values there must be 0."""
+
+    indices: Int[Array, "rows width"] | np.ndarray
+    reverse: Int[Array, "rows width"] | np.ndarray
+    owner: Int[Array, " overflow"] | np.ndarray
+    valid: Bool[Array, "rows width"] | np.ndarray
+
+    @property
+    def n_cells(self) -> int:
+        return int(self.indices.shape[0] - self.owner.shape[0])
+
+    @classmethod
+    def from_neighbors(cls, indices: np.ndarray, *, like: Pattern | None = None) -> Pattern:
+        """The undirected union of directed neighbour lists `indices` (n, k), the cell itself excluded.
+
+        Slots ``[:n, :k]`` are the given lists in their order; edges that only the other side lists follow.
+        `like` keeps the array shapes of an earlier pattern where they suffice, so that compiled code can be reused.
+        """
+        n, k = indices.shape
+        if like is not None and like.n_cells != n:
+            like = None
+        indices = np.asarray(indices, dtype=np.int64)
+        source = np.repeat(np.arange(n), k)
+        target = indices.ravel()
+        key = source * n + target
+        order = np.argsort(key, kind="stable")
+        found = np.searchsorted(key[order], target * n + source)
+        partner = order[np.minimum(found, key.size - 1)]
+        mutual = key[partner] == target * n + source
+        one_way = np.flatnonzero(~mutual)
+        one_way = one_way[np.argsort(target[one_way], kind="stable")]
+        return _place(n, k, indices, mutual, partner, one_way, target[one_way], source[one_way], like)
+
+    @classmethod
+    def from_csr(cls, indptr: np.ndarray, indices: np.ndarray) -> Pattern:
+        """The pattern of a structurally symmetric CSR matrix with sorted indices."""
+        n = len(indptr) - 1
+        degree = np.diff(indptr)
+        width = _best_width(degree, 1)
+        row = np.repeat(np.arange(n), degree)
+        rows = n + _bucket(int((np.maximum(degree - 1, 0) // width).sum()), n)
+        slot, owner = _slots_of(row, np.arange(len(indices)) - indptr[row], width, n, rows)
+        position = sp.csr_matrix((np.arange(len(indices)), indices, indptr), shape=(n, n)).tocsc().data
+        return cls(
+            indices=_filled(rows, width, slot, indices),
+            reverse=_filled(rows, width, slot, slot[position], default=np.arange(rows * width)),
+            owner=owner.astype(np.int32),
+            valid=_filled(rows, width, slot, np.ones(len(slot), bool), default=np.zeros(rows * width, bool)),
+        )
+
+    def row_of_slot(self) -> np.ndarray:
+        """The cell that each row of slots belongs to; `n_cells` for pad rows (host array)."""
+        return np.concatenate([np.arange(self.n_cells), np.asarray(self.owner)])
+
+
+def _filled(rows: int, width: int, slot: np.ndarray, values: Any, default: np.ndarray | None = None) -> np.ndarray:
+    flat = np.zeros(rows * width, np.int32) if default is None else default.copy()
+    flat[slot] = values
+    return flat.reshape(rows, width).astype(bool if flat.dtype == bool else np.int32)
+
+
+def _best_width(degree: np.ndarray, least: int) -> int:
+    """The width with the fewest slots in total; an overflow row costs about twice a plain one (it is added back).
+
+    A multiple of the panel, which the kernel pads to anyway: graphs of as many cells then share compiled code.
+    """
+    counts = np.bincount(degree)
+    first = -(-max(least, 1) // _PANEL) * _PANEL
+    widths = np.arange(first, max(first, int(np.percentile(degree, 90))) + _PANEL, _PANEL)
+    values = np.arange(len(counts))
+    overflow = [(np.ceil(np.maximum(values - w, 0) / w) * counts).sum() for w in widths]
+    return int(widths[np.argmin(widths * (degree.size + 2 * np.asarray(overflow)))])
+
+
+def _slots_of(
+    row: np.ndarray, rank: np.ndarray, width: int, n: int, rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flat slots of the `rank`-th edges of each `row` (grouped by row), and the owners of the overflow rows."""
+    split = rank // width
+    surplus = np.flatnonzero((split > 0) & (rank % width == 0))
+    overflow_row = np.cumsum((split > 0) & (rank % width == 0)) - 1
+    slot = np.where(split == 0, row, n + overflow_row) * width + rank % width
+    owner = row[surplus]
+    if rows is not None:
+        owner = np.concatenate([owner, np.full(rows - n - len(owner), n)])
+    return slot, owner
+
+
+def _place(
+    n: int,
+    k: int,
+    indices: np.ndarray,
+    mutual: np.ndarray,
+    partner: np.ndarray,
+    one_way: np.ndarray,
+    owner_cell: np.ndarray,
+    other_cell: np.ndarray,
+    like: Pattern | None,
+) -> Pattern:
+    extra = np.bincount(owner_cell, minlength=n)
+    width = _best_width(k + extra, k) if like is None else like.indices.shape[1]
+    first = np.concatenate([[0], np.cumsum(extra)[:-1]])
+    rank = k + np.arange(len(owner_cell)) - first[owner_cell]
+    # A row of overflow starts where rank is a multiple of the width; with rank starting at k <= width each such start
+    # is present in the list, so overflow rows can be numbered by counting them.
+    needed = int(((rank >= width) & (rank % width == 0)).sum())
+    rows = n + _bucket(needed, n)
+    if like is not None:
+        rows = max(rows, like.indices.shape[0])
+    extra_slot, owner = _slots_of(owner_cell, rank, width, n, rows)
+    own_slot = (np.arange(n)[:, None] * width + np.arange(k)).ravel()
+    reverse = np.where(mutual, own_slot[partner], 0)
+    reverse[one_way] = extra_slot
+    flat_reverse = np.arange(rows * width)
+    flat_reverse[own_slot] = reverse
+    flat_reverse[extra_slot] = own_slot[one_way]
+    slot = np.concatenate([own_slot, extra_slot])
+    return Pattern(
+        indices=_filled(rows, width, slot, np.concatenate([indices.ravel(), other_cell])),
+        reverse=flat_reverse.reshape(rows, width).astype(np.int32),
+        owner=owner.astype(np.int32),
+        valid=_filled(rows, width, slot, np.ones(len(slot), bool), default=np.zeros(rows * width, bool)),
+    )
+
+
+def _bucket(needed: int, n: int) -> int:
+    """Overflow rows rounded up, so that a refreshed graph of the same cells keeps its shape."""
+    step = max(8, n // 16)
+    return -(-max(needed, 1) // step) * step
+
+
+_PANEL = 8
+
+
+def _in_bounds(v: Array, index: Array | np.ndarray) -> Array:
+    return jnp.asarray(v).at[index].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def row_sums(p: Pattern, x: Float[Array, "rows width"]) -> Float[Array, " cells"]:
+    """Sum the slots of each cell."""
+    total = jnp.asarray(x).sum(1)
+    return total[: p.n_cells].at[p.owner].add(total[p.n_cells :], mode="drop")
+
+
+def _spread(p: Pattern, v: Array) -> Array:
+    """Values of the cells at the rows of slots; 0 at pad rows."""
+    v = jnp.asarray(v)
+    return jnp.concatenate([v, v.at[p.owner].get(mode="fill", fill_value=0)])
+
+
+@jax.custom_vjp
+def rows_to_slots(p: Pattern, v: Float[Array, " cells"]) -> Float[Array, "rows width"]:
+    """The value of the cell that each edge starts from."""
+    return jnp.broadcast_to(_spread(p, v)[:, None], p.indices.shape) * p.valid
+
+
+row_sums.defvjp(lambda p, x: (row_sums(p, x), p), lambda p, g: (None, rows_to_slots(p, g)))
+rows_to_slots.defvjp(lambda p, v: (rows_to_slots(p, v), p), lambda p, g: (None, row_sums(p, g * p.valid)))
+
+
+@jax.custom_vjp
+def flip(p: Pattern, x: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+    """The value at the opposite edge: the transpose of the matrix."""
+    return _in_bounds(x.reshape(-1), p.reverse)
+
+
+flip.defvjp(lambda p, x: (flip(p, x), p), lambda p, g: (None, flip(p, g)))
+
+
+@jax.custom_vjp
+def columns_to_slots(p: Pattern, v: Float[Array, " cells"]) -> Float[Array, "rows width"]:
+    """The value of the cell that each edge points to."""
+    return _in_bounds(v, p.indices) * p.valid
+
+
+columns_to_slots.defvjp(
+    lambda p, v: (columns_to_slots(p, v), p), lambda p, g: (None, row_sums(p, flip(p, g * p.valid)))
+)
+
+
+def _panels(x: Array, width: int) -> Array:
+    """(rows, w) as (panels, rows, width), padded with zeros."""
+    rows, w = x.shape
+    return jnp.pad(x, ((0, 0), (0, -w % width))).reshape(rows, -1, width).transpose(1, 0, 2)
+
+
+def _gathered_sum(p: Pattern, values: Array, v: Array) -> Array:
+    # Unrolled over a panel so that XLA fuses gathers, products and sum into one pass over the output; a loop over
+    # panels, since compile time grows with what is unrolled.
+    def add_panel(total: Array, panel: tuple[Array, Array]) -> tuple[Array, None]:
+        index, weight = panel
+        for j in range(_PANEL):
+            total = total + weight[:, j, None] * _in_bounds(v, index[:, j])
+        return total, None
+
+    v = jnp.asarray(v)
+    panels = (_panels(jnp.asarray(p.indices), _PANEL), _panels(jnp.asarray(values), _PANEL))
+    zero = jnp.zeros((p.indices.shape[0], v.shape[1]), jnp.result_type(values, v))
+    total = jax.lax.scan(add_panel, zero, panels)[0]
+    return total[: p.n_cells].at[p.owner].add(total[p.n_cells :], mode="drop")
+
+
+@jax.custom_vjp
+def _matmul(p: Pattern, values: Array, v: Array) -> Array:
+    return _gathered_sum(p, values, v)
+
+
+def _row_dots(p: Pattern, left: Array, right: Array) -> Array:
+    """Inner products left_i . right_j on the slots (i, j): a sampled dense-dense product."""
+    left = _spread(p, left)
+    dots = [(left * _in_bounds(right, p.indices[:, j])).sum(1) for j in range(p.indices.shape[1])]
+    return jnp.stack(dots, 1) * p.valid
+
+
+def _matmul_bwd(saved: tuple[Pattern, Array, Array], g: Array) -> tuple[None, Array, Array]:
+    p, values, v = saved
+    return None, _row_dots(p, g, v), _matmul(p, flip(p, values), g)
+
+
+_matmul.defvjp(lambda p, values, v: (_gathered_sum(p, values, v), (p, values, v)), _matmul_bwd)
+
+
+@jax.custom_vjp
+def squared_distances(p: Pattern, z: Float[Array, "cells dims"]) -> Float[Array, "rows width"]:
+    """Squared Euclidean distances along the edges; 0 at pad slots."""
+    left = _spread(p, z)
+    parts = [((left - _in_bounds(z, p.indices[:, j])) ** 2).sum(1) for j in range(p.indices.shape[1])]
+    return jnp.stack(parts, 1) * p.valid
+
+
+def _squared_distances_bwd(saved: tuple[Pattern, Array], g: Array) -> tuple[None, Array]:
+    p, z = saved
+    # d_ij depends on z_i and z_j alike: the adjoint is a graph Laplacian of the two-sided cotangent.
+    both = g * p.valid
+    both = both + flip(p, both)
+    return None, 2 * (row_sums(p, both)[:, None] * z - _gathered_sum(p, both, z))
+
+
+squared_distances.defvjp(lambda p, z: (squared_distances(p, z), (p, z)), _squared_distances_bwd)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pattern", "values"], meta_fields=[])
+class Graph:
+    """A sparse matrix of shape (cells, cells): a fixed pattern and differentiable values on its slots."""
+
+    def __init__(self, pattern: Pattern, values: Float[Array, "rows width"]) -> None:
+        self.pattern = pattern
+        self.values = values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.pattern.n_cells, self.pattern.n_cells)
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    @property
+    def T(self) -> Graph:
+        return Graph(self.pattern, flip(self.pattern, self.values))
+
+    def __matmul__(self, v: Float[Array, "cells ..."]) -> Float[Array, "cells ..."]:
+        if v.ndim == 1:
+            return _matmul(self.pattern, self.values, v[:, None])[:, 0]
+        return _matmul(self.pattern, self.values, v)
+
+    def with_values(self, values: Float[Array, "rows width"]) -> Graph:
+        return Graph(self.pattern, values)
+
+    def row_sums(self) -> Float[Array, " cells"]:
+        return row_sums(self.pattern, self.values)
+
+    def scaled(self, left: Float[Array, " cells"], right: Float[Array, " cells"]) -> Graph:
+        """diag(left) @ self @ diag(right)."""
+        p = self.pattern
+        return Graph(p, self.values * rows_to_slots(p, left) * columns_to_slots(p, right))
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, dtype: Any = None) -> Graph:
+        """Any square scipy sparse matrix, its pattern completed to a symmetric one with zeros."""
+        csr = sp.csr_matrix(matrix)
+        csr.sum_duplicates()
+        if csr.shape[0] != csr.shape[1]:
+            raise ValueError(f"a graph must be square, got a matrix of shape {csr.shape}")
+        pattern = sp.csr_matrix((np.ones(csr.nnz, np.int8), csr.indices, csr.indptr), shape=csr.shape)
+        union = ((pattern + pattern.T) > 0).tocsr()
+        union.sort_indices()
+        layout = Pattern.from_csr(union.indptr, union.indices)
+        n = csr.shape[0]
+        wanted = np.repeat(np.arange(n, dtype=np.int64), np.diff(csr.indptr)) * n + csr.indices
+        have = np.repeat(np.arange(n, dtype=np.int64), np.diff(union.indptr)) * n + union.indices
+        data = np.zeros(union.nnz, dtype or csr.dtype)
+        data[np.searchsorted(have, wanted)] = csr.data
+        values = np.zeros(layout.indices.shape, data.dtype)
+        rank = np.arange(union.nnz) - np.repeat(union.indptr[:-1], np.diff(union.indptr))
+        row = np.repeat(np.arange(n), np.diff(union.indptr))
+        slot, _ = _slots_of(row, rank, layout.indices.shape[1], n)
+        values.reshape(-1)[slot] = data
+        return cls(layout, jnp.asarray(values))
+
+    def to_scipy(self) -> sp.csr_matrix:
+        """The matrix on the host, explicit zeros dropped, indices sorted."""
+        p = self.pattern
+        values = np.asarray(self.values)
+        keep = np.asarray(p.valid) & (values != 0)
+        rows = np.broadcast_to(p.row_of_slot()[:, None], keep.shape)[keep]
+        csr = sp.csr_matrix((values[keep], (rows, np.asarray(p.indices)[keep])), shape=self.shape)
+        csr.sort_indices()
+        return csr
+
+
+def reachable(graph: Graph, start: Array) -> Array:
+    """Which cells a walk from `start` can reach over edges of positive weight (bool per cell)."""
+    p = graph.pattern
+    present = ((graph.values > 0) & p.valid).astype(jnp.float32)
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        seen, _ = state
+        grown = seen | (_gathered_sum(p, present, seen[:, None].astype(jnp.float32))[:, 0] > 0)
+        return grown, (grown != seen).any()
+
+    seen = jnp.zeros(p.n_cells, bool).at[start].set(True)
+    return jax.lax.while_loop(lambda s: s[1], step, (seen, jnp.asarray(True)))[0]

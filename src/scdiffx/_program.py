@@ -1,0 +1,209 @@
+"""A plan made ready for differentiation: operators with their structure, frozen inputs, and a pure function of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scdiffx._core.fields import fields_of_kind, learnables, replace
+from scdiffx._slots import Leading, Obs, Slot
+from scdiffx._steps import Plan, Step, _cast, restructured
+
+__all__ = ["Program", "parameter_names", "select"]
+
+Params = dict[str, Any]
+
+
+@dataclass
+class Program:
+    """The part of a plan that depends on what is learned.
+
+    ``ops`` are all operators as initialised; ``learned`` the names of the parameters that move; ``active`` the
+    positions that are evaluated anew; ``frozen`` the values that the active steps read from elsewhere.
+    """
+
+    plan: Plan
+    ops: list[Any]
+    learned: list[str]
+    active: list[int]
+    frozen: dict[Slot, Any]
+
+    @classmethod
+    def build(cls, plan: Plan, learn: str | Iterable[str] | None = None) -> Program:
+        """Run the plan once. Only what follows a learned parameter is evaluated later; the rest is frozen."""
+        if not plan.steps:
+            raise ValueError("the plan is empty: call functions of `sd.pp` and `sd.tl` on it first")
+        ops, inputs, values = plan.run()
+        ops = [_cast(op, jnp.float32) for op in ops]
+        learned = select(parameter_names(plan, ops), learn)
+        if not learned:
+            raise ValueError("nothing to learn: no step of the plan has a learnable parameter")
+        active = _active(plan, learned)
+        return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values))
+
+    def start(self) -> Params:
+        """The learned parameters at their current values, in unconstrained space."""
+        params = {}
+        for name in self.learned:
+            i, field = self._find(name)
+            to_real = learnables(self.ops[i])[field].to_real
+            value = getattr(self.ops[i], field)
+            params[name] = jax.tree.map(lambda v, to_real=to_real: to_real(jnp.asarray(v, jnp.float32)), value)
+        return params
+
+    def _find(self, name: str) -> tuple[int, str]:
+        step, field = name.rsplit(".", 1)
+        return next(i for i, s in enumerate(self.plan.steps) if s.name == step), field
+
+    def with_params(self, params: Params, ops: list[Any] | None = None) -> list[Any]:
+        """The operators with the learned parameters in place."""
+        ops = list(self.ops if ops is None else ops)
+        for name, value in params.items():
+            i, field = self._find(name)
+            from_real = learnables(ops[i])[field].from_real
+            ops[i] = replace(ops[i], **{field: jax.tree.map(from_real, value)})
+        return ops
+
+    def evaluate(
+        self, ops: list[Any], frozen: Mapping[Slot, Any], taps: Mapping[int, Mapping[Slot, Any]] | None = None
+    ) -> dict[Slot, Any]:
+        """All values after the active steps; pure. `taps` are added to the outputs of each step."""
+        values = dict(frozen)
+        for i in self.active:
+            step = self.plan.steps[i]
+            result = ops[i](*(read_value(slot, values) for slot in step.reads))
+            for slot, value in step.outputs(ops[i], result).items():
+                values[slot] = value if taps is None else _tapped(value, taps[i][slot])
+        return values
+
+    def outputs_by_step(self, ops: list[Any], frozen: Mapping[Slot, Any]) -> dict[int, dict[Slot, list[Any]]]:
+        """The floating leaves of every output of every active step."""
+        values, found = dict(frozen), {}
+        for i in self.active:
+            step = self.plan.steps[i]
+            outputs = step.outputs(ops[i], ops[i](*(read_value(slot, values) for slot in step.reads)))
+            values.update(outputs)
+            found[i] = {slot: [x for x in jax.tree.leaves(v) if _is_float(x)] for slot, v in outputs.items()}
+        return found
+
+    def refreshed(self, params: Params) -> Program:
+        """The program with discrete structure found anew at the given parameters."""
+        ops = self.with_params(params)
+        used, inputs, values = self.plan.run(ops=ops, prepare=restructured)
+        used = [_cast(op, jnp.float32) for op in used]
+        return Program(self.plan, used, self.learned, self.active, _frozen(self.plan, self.active, inputs, values))
+
+    @property
+    def has_structure(self) -> bool:
+        """Whether an active step holds structure that a refresh would find anew."""
+        return any(f.metadata["structure"] for i in self.active for f in fields_of_kind(self.ops[i], "buffer"))
+
+    def first_not_finite(self, params: Params) -> str:
+        """The name of the first step whose output is NaN, for error messages."""
+        ops, values = self.with_params(params), dict(self.frozen)
+        for i in self.active:
+            step = self.plan.steps[i]
+            result = ops[i](*(read_value(slot, values) for slot in step.reads))
+            outputs = step.outputs(ops[i], result)
+            values.update(outputs)
+            leaves = [x for x in jax.tree.leaves(outputs) if _is_float(x)]
+            if any(bool(jnp.isnan(x).any()) for x in leaves):
+                return step.name
+        return "the derivative of a later step or the loss"
+
+    def target(self, name: str | None) -> Any:
+        """A column of obs as floats, or as codes with -1 for missing."""
+        if name is None:
+            return None
+        slot = Obs(name)
+        if not slot.exists(self.plan.adata):
+            raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(self.plan.adata.obs)[:20]}")
+        return slot.read(self.plan.adata)
+
+
+def _is_float(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating))
+
+
+def _tapped(value: Any, taps: list[Any]) -> Any:
+    """Add one tap to each floating leaf."""
+    leaves, tree = jax.tree.flatten(value)
+    rest = iter(taps)
+    return jax.tree.unflatten(tree, [x + next(rest) if _is_float(x) else x for x in leaves])
+
+
+def read_value(slot: Slot | None, values: Mapping[Slot, Any]) -> Any:
+    """The value of a slot among those of a program."""
+    if slot is None:
+        return None
+    return slot.take(read_value(slot.of, values)) if isinstance(slot, Leading) else values[slot]
+
+
+def _sources(step: Step) -> list[Slot]:
+    return [slot.of if isinstance(slot, Leading) else slot for slot in step.reads if slot is not None]
+
+
+def _active(plan: Plan, learned: Iterable[str]) -> list[int]:
+    owners = {name.rsplit(".", 1)[0] for name in learned}
+    moving: set[Slot] = set()
+    active = []
+    for i, step in enumerate(plan.steps):
+        if step.name in owners or moving & set(_sources(step)):
+            active.append(i)
+            moving |= {w.slot for w in step.writes}
+        else:
+            moving -= {w.slot for w in step.writes}
+    return active
+
+
+def _frozen(plan: Plan, active: list[int], inputs: dict[Slot, Any], values: dict[Slot, Any]) -> dict[Slot, Any]:
+    """What the active steps read that no active step before them writes, as it stood when they ran."""
+    frozen: dict[Slot, Any] = {}
+    written: set[Slot] = set()
+    for i in active:
+        for slot in _sources(plan.steps[i]):
+            if slot not in written and slot not in frozen:
+                frozen[slot] = _value_before(plan, i, slot, inputs, values)
+        written |= {w.slot for w in plan.steps[i].writes}
+    return frozen
+
+
+def _value_before(plan: Plan, i: int, slot: Slot, inputs: dict[Slot, Any], values: dict[Slot, Any]) -> Any:
+    before = any(w.slot == slot for s in plan.steps[:i] for w in s.writes)
+    if not before:
+        return _cast(inputs[slot], jnp.float32)
+    later = any(w.slot == slot for s in plan.steps[i:] for w in s.writes)
+    if later:
+        raise ValueError(f"{slot} is written both before and after the learned steps; use `key_added` or a layer")
+    return _cast(values[slot], jnp.float32)
+
+
+def parameter_names(plan: Plan, ops: list[Any]) -> list[str]:
+    """All learnable parameters of a plan, as "step.field"."""
+    return [f"{step.name}.{field}" for step, op in zip(plan.steps, ops, strict=True) for field in learnables(op)]
+
+
+def select(available: list[str], wanted: str | Iterable[str] | None) -> list[str]:
+    """The parameters that `learn` means: names of steps or "step.field"."""
+    if wanted is None:
+        return available
+    chosen = []
+    for name in [wanted] if isinstance(wanted, str) else list(wanted):
+        matches = [a for a in available if a == name or a.rsplit(".", 1)[0] == name]
+        if not matches:
+            raise ValueError(f"learn={name!r} names no learnable parameter. Available: {available}")
+        chosen += [m for m in matches if m not in chosen]
+    return chosen
+
+
+def norm(tree: Any) -> float:
+    """Euclidean norm over all floating leaves, in float64."""
+    leaves = [
+        np.asarray(x, np.float64) for x in jax.tree.leaves(tree) if getattr(x, "dtype", None) != jax.dtypes.float0
+    ]
+    return float(np.sqrt(sum((x**2).sum() for x in leaves)))

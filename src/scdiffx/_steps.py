@@ -1,0 +1,284 @@
+"""Steps join an operator to the slots it reads and writes; plans record steps; `apply` runs a step on an AnnData."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scdiffx._core.fields import fields_of_kind, replace
+from scdiffx._core.random import as_key
+from scdiffx._core.runtime import ensure_cache
+from scdiffx._log import Timer
+from scdiffx._slots import Leading, Obs, Obsm, Slot, Var, available, is_anndata, write_all
+
+__all__ = [
+    "Plan",
+    "Step",
+    "Write",
+    "apply",
+    "host_outputs",
+    "initialised",
+    "public",
+    "replay",
+    "restructured",
+    "run_step",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Write(NamedTuple):
+    """An output: where it goes, how it is taken from the operator and its result, and its dtype in the AnnData."""
+
+    slot: Any
+    extract: Callable[[Any, Any], Any]
+    dtype: Any = None
+
+
+def _nothing(op: Any, result: Any, args: tuple[Any, ...]) -> Mapping[Slot, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator with the slots it reads (None for an absent optional input) and the outputs it writes.
+
+    `notes` yields bookkeeping that only an AnnData needs (parameters in `uns`); `check` looks at the result before
+    anything is written. ``precise=True`` computes in float64 when run on an AnnData, whatever the input;
+    ``compiled=False`` leaves compilation to the operator's own parts, where several operators share a long one.
+    """
+
+    name: str
+    op: Any
+    reads: tuple[Slot | None, ...]
+    writes: tuple[Write, ...]
+    message: str = ""
+    notes: Callable[[Any, Any, tuple[Any, ...]], Mapping[Slot, Any]] = _nothing
+    check: Callable[[Any, Any], None] = lambda op, result: None
+    precise: bool = False
+    compiled: bool = True
+    rng: Any = 0
+
+    def outputs(self, op: Any, result: Any) -> dict[Slot, Any]:
+        """The differentiable outputs by slot."""
+        return {w.slot: w.extract(op, result) for w in self.writes}
+
+
+@functools.partial(jax.jit)
+def _call(op: Any, *args: Any) -> Any:
+    return op(*args)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    def leaf(x: Any) -> Any:
+        return jnp.asarray(x, dtype) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def _is_double(tree: Any) -> bool:
+    return any(getattr(x, "dtype", None) == np.float64 for x in jax.tree.leaves(tree))
+
+
+def initialised(op: Any, args: tuple[Any, ...], key: Any) -> Any:
+    """The operator with its buffers and networks filled from data, if it has any to fill."""
+    init = getattr(op, "init", None)
+    return op if init is None else init(*args, key=key)
+
+
+def restructured(op: Any, args: tuple[Any, ...], key: Any) -> Any:
+    """The operator with its discrete structure found anew; everything estimated once stays."""
+    names = [f.name for f in fields_of_kind(op, "buffer") if f.metadata["structure"]]
+    if not names:
+        return op
+    fresh = op.init(*args, key=key)
+    return replace(op, **{name: getattr(fresh, name) for name in names})
+
+
+def run_step(
+    step: Step, args: tuple[Any, ...], *, op: Any = None, prepare: Callable[..., Any] = initialised
+) -> tuple[Any, Any]:
+    """Prepare the operator and call it; returns the operator as called and its result."""
+    double = step.precise or _is_double(args)
+    with jax.enable_x64(True) if double else contextlib.nullcontext():
+        if double:
+            args = _cast(args, jnp.float64)
+        op = prepare(step.op if op is None else op, args, as_key(step.rng))
+        return op, _call(op, *args) if step.compiled else op(*args)
+
+
+def _to_host(adata: Any, write: Write, value: Any, single: bool) -> Any:
+    host = write.slot.host(adata, value)
+    dtype = write.dtype
+    if dtype is None and single and getattr(host, "dtype", None) == np.float64:
+        dtype = np.float32
+    return host if dtype is None else host.astype(dtype)
+
+
+def host_outputs(adata: Any, step: Step, op: Any, result: Any, args: tuple[Any, ...]) -> dict[Slot, Any]:
+    """Everything the step writes to an AnnData, as host values."""
+    step.check(op, result)
+    single = not _is_double(args)
+    values = {w.slot: _to_host(adata, w, w.extract(op, result), single) for w in step.writes}
+    return values | dict(step.notes(op, result, args))
+
+
+@dataclass
+class Plan:
+    """The calls of a workflow, recorded instead of run; `sd.pp` and `sd.tl` take it in place of an AnnData."""
+
+    adata: Any
+    steps: list[Step] = field(default_factory=list)
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        """Append a step; a second use of the same name is numbered."""
+        names = {s.name for s in self.steps}
+        name, count = step.name, 2
+        while name in names:
+            name, count = f"{step.name}_{count}", count + 1
+        for slot in step.reads:
+            if slot is not None and not self.has(slot):
+                raise KeyError(
+                    f"{step.name} reads {slot}, which neither the AnnData nor an earlier step of the plan provides"
+                )
+        self.steps.append(step if name == step.name else _renamed(step, name))
+
+    def writes(self, slot: Slot) -> bool:
+        """Whether a step of the plan writes the slot."""
+        return any(w.slot == slot for s in self.steps for w in s.writes)
+
+    def has(self, slot: Slot) -> bool:
+        """Whether the slot can be read: written by a step, or present in the AnnData."""
+        if isinstance(slot, Leading):
+            return self.has(slot.of)
+        return self.writes(slot) or slot.exists(self.adata)
+
+    def slot(self, name: str) -> Slot:
+        """The slot that a name in a loss means: an output of the plan first, then a column of obs, then obsm."""
+        outputs = [w.slot for s in self.steps for w in s.writes]
+        for candidate in (Obs(name), Obsm(name), Var(name)):
+            if candidate in outputs:
+                return candidate
+        for place in (Obs(name), Obsm(name), Var(name)):
+            if place.exists(self.adata):
+                return place
+        names = sorted({getattr(s, "key", "") for s in outputs if isinstance(s, Obs | Obsm | Var)})
+        raise KeyError(
+            f"{name!r} is neither an output of the plan {available(names)} nor a key of the AnnData; "
+            f"obs: {available(self.adata.obs)}, obsm: {available(self.adata.obsm.keys())}"
+        )
+
+    def run(
+        self,
+        *,
+        ops: list[Any] | None = None,
+        prepare: Callable[..., Any] = initialised,
+        on_result: Callable[[Step, Any, Any, tuple[Any, ...]], None] | None = None,
+    ) -> tuple[list[Any], dict[Slot, Any], dict[Slot, Any]]:
+        """Run all steps in order; returns the operators as used, the slots read from the AnnData, and all values."""
+        inputs: dict[Slot, Any] = {}
+        values: dict[Slot, Any] = {}
+        used = []
+        for i, step in enumerate(self.steps):
+            with jax.enable_x64(True):
+                args = tuple(self._value(slot, inputs, values) for slot in step.reads)
+            op, result = run_step(step, args, op=None if ops is None else ops[i], prepare=prepare)
+            if on_result is not None:
+                on_result(step, op, result, args)
+            used.append(op)
+            for slot, value in step.outputs(op, result).items():
+                values[slot] = value if _is_double(args) else _cast(value, jnp.float32)
+        return used, inputs, values
+
+    def _value(self, slot: Slot | None, inputs: dict[Slot, Any], values: dict[Slot, Any]) -> Any:
+        if slot is None:
+            return None
+        if isinstance(slot, Leading):
+            return slot.take(self._value(slot.of, inputs, values))
+        if slot in values:
+            return values[slot]
+        if slot not in inputs:
+            inputs[slot] = slot.read(self.adata)
+        return inputs[slot]
+
+    def apply(
+        self, *, ops: list[Any] | None = None, prepare: Callable[..., Any] = initialised, copy: bool = False
+    ) -> Any:
+        """Run the plan on its AnnData and write every step's keys, all at the end."""
+        outputs: dict[Slot, Any] = {}
+
+        def collect(step: Step, op: Any, result: Any, args: tuple[Any, ...]) -> None:
+            outputs.update(host_outputs(self.adata, step, op, result, args))
+
+        self.run(ops=ops, prepare=prepare, on_result=collect)
+        target = self.adata.copy() if copy else self.adata
+        write_all(target, outputs)
+        return target if copy else None
+
+
+def _renamed(step: Step, name: str) -> Step:
+    from dataclasses import replace as changed
+
+    return changed(step, name=name)
+
+
+def apply(target: Any, step: Step, *, copy: bool = False) -> Any:
+    """Record the step on a plan, or run it on an AnnData and write what it computed, all at once."""
+    if isinstance(target, Plan):
+        target.add(step)
+        return None
+    timer = Timer(step.message or f"computing {step.name}")
+    # Outside this scope JAX would cut float64 data to float32 as they enter.
+    with jax.enable_x64(True):
+        args = tuple(None if slot is None else slot.read(target) for slot in step.reads)
+    op, result = run_step(step, args)
+    outputs = host_outputs(target, step, op, result, args)
+    adata = target.copy() if copy else target
+    write_all(adata, outputs)
+    timer.done(", ".join(repr(getattr(slot, "key", slot)) for slot in outputs))
+    return adata if copy else None
+
+
+def public(function: F) -> F:
+    """Make a function take an AnnData or a Plan: check which it got, and record the call on a plan."""
+    signature = inspect.signature(function)
+    name = f"{function.__module__.split('.')[1]}.{function.__name__}"
+
+    @functools.wraps(function)
+    def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
+        ensure_cache()
+        if isinstance(adata, Plan):
+            given = signature.bind(adata, *args, **kwargs).arguments
+            if given.get("copy"):
+                raise ValueError("copy=True has no meaning on a plan: use `fitted.apply(adata, copy=True)`")
+            result = function(adata, *args, **kwargs)
+            adata.calls.append((name, dict(list(given.items())[1:])))
+            return result
+        if not is_anndata(adata):
+            raise TypeError(f"`adata` must be an AnnData or a scdiffx plan, got {type(adata).__name__}")
+        return function(adata, *args, **kwargs)
+
+    _public[name] = wrapper
+    return wrapper  # type: ignore[return-value]
+
+
+_public: dict[str, Callable[..., Any]] = {}
+
+
+def replay(calls: list[tuple[str, dict[str, Any]]], adata: Any) -> Plan:
+    """A plan on another AnnData from the recorded calls of one; only the package's own functions can be named."""
+    plan = Plan(adata)
+    for name, arguments in calls:
+        if name not in _public:
+            raise ValueError(f"the plan calls {name!r}, which this version does not have. Available: {sorted(_public)}")
+        _public[name](plan, **arguments)
+    return plan

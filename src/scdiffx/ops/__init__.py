@@ -1,0 +1,42 @@
+"""Operators: the mathematics without AnnData. Frozen dataclasses, pytrees, pure functions of arrays and graphs."""
+
+from scdiffx._core.counts import Counts
+from scdiffx._core.fields import buffer, learnable, operator, replace, static
+from scdiffx._core.graph import Graph, Pattern
+from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
+from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
+from scdiffx.ops._leiden import Leiden, LeidenResult
+from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
+from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
+from scdiffx.ops._pca import PCA, PCAResult
+
+__all__ = [
+    "DIFFERENTIABLE_METRICS",
+    "KERNELS",
+    "PCA",
+    "Counts",
+    "DiffusionMap",
+    "DiffusionMapResult",
+    "Graph",
+    "HighlyVariable",
+    "HighlyVariableResult",
+    "Leiden",
+    "LeidenResult",
+    "Log1p",
+    "Neighbors",
+    "NeighborsResult",
+    "NormalizeTotal",
+    "NormalizeTotalResult",
+    "PCAResult",
+    "Pattern",
+    "Pseudotime",
+    "PseudotimeResult",
+    "Scale",
+    "ScaleResult",
+    "buffer",
+    "learnable",
+    "operator",
+    "replace",
+    "static",
+    "transitions",
+]

@@ -1,0 +1,6 @@
+"""Plots of what scanpy does not draw: Matplotlib on the keys of an AnnData."""
+
+from scdiffx.pl._fit import fit
+from scdiffx.pl._pseudotime import pseudotime
+
+__all__ = ["fit", "pseudotime"]

@@ -1,0 +1,8 @@
+"""Preprocessing: scanpy's `sc.pp`, each step a differentiable operator."""
+
+from scdiffx.pp._highly_variable import highly_variable_genes
+from scdiffx.pp._neighbors import neighbors
+from scdiffx.pp._normalize import log1p, normalize_total, scale
+from scdiffx.pp._pca import pca
+
+__all__ = ["highly_variable_genes", "log1p", "neighbors", "normalize_total", "pca", "scale"]

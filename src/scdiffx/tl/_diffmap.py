@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scdiffx import ops
+from scdiffx._core.random import as_seed, one_rng
+from scdiffx._log import warn
+from scdiffx._slots import Connectivities, Obsm, Uns
+from scdiffx._steps import Plan, Step, Write, apply, public
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def warn_unconverged(op: Any, result: Any) -> None:
+    """Say so when the eigensolver stopped early, and what can be done."""
+    if not bool(result.converged):
+        warn(
+            "the eigensolver did not reach its tolerance: the last components may be inaccurate; "
+            "a smaller `n_comps` or a larger `n_neighbors` in `pp.neighbors` helps"
+        )
+
+
+@public
+def diffmap(
+    adata: AnnData | Plan,
+    n_comps: int = 15,
+    *,
+    neighbors_key: str = "neighbors",
+    random_state: Any = None,
+    copy: bool = False,
+    rng: Any = None,
+) -> AnnData | None:
+    """Compute a diffusion map: the leading eigenvectors of the graph's symmetric transition matrix.
+
+    Computed in float64 as scanpy does. The first component is stationary and carries no information. The solver
+    starts from fixed vectors, so `random_state` and `rng` are checked but do not change the result.
+
+    Parameters
+    ----------
+    adata
+        Annotated data (cells x genes) with a neighbour graph, or a plan.
+    n_comps
+        Number of components, the stationary one included.
+    neighbors_key
+        Key of `adata.uns` that describes the graph.
+    random_state, rng
+        Accepted for compatibility; give at most one.
+    copy
+        Return a copy instead of writing to `adata`.
+
+    Returns
+    -------
+    None, or the copy. Sets:
+
+    `adata.obsm["X_diffmap"]` : float32 (cells, n_comps)
+        Diffusion components.
+    `adata.uns["diffmap_evals"]` : float32 (n_comps,)
+        Eigenvalues in decreasing order.
+
+    Raises
+    ------
+    ValueError
+        If there is no neighbour graph, or `n_comps` is below 3.
+
+    References
+    ----------
+    Coifman et al. (2005), Geometric diffusions as a tool for harmonic analysis and structure definition of data;
+    Haghverdi et al. (2015), Diffusion maps for high-dimensional single-cell analysis of differentiation data.
+    """
+    if n_comps <= 2:
+        raise ValueError(f"n_comps={n_comps!r} must be at least 3: the first component is stationary")
+    as_seed(one_rng(rng, random_state))
+    step = Step(
+        "diffmap",
+        ops.DiffusionMap(n_comps=n_comps),
+        reads=(Connectivities(neighbors_key),),
+        writes=(
+            Write(Obsm("X_diffmap"), lambda op, result: result.eigenvectors, np.float32),
+            Write(Uns("diffmap_evals"), lambda op, result: result.eigenvalues, np.float32),
+        ),
+        message=f"computing diffusion map using n_comps={n_comps}",
+        check=warn_unconverged,
+        precise=True,
+        compiled=False,
+    )
+    return apply(adata, step, copy=copy)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scdiffx import ops
+from scdiffx._slots import Connectivities, Given, Obs, Obsm, Slot, Uns
+from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.tl._diffmap import warn_unconverged
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Below this many cells a start from known components saves less than compiling for it costs.
+_WARM_START = 20_000
+
+
+@public
+def pseudotime(
+    adata: AnnData | Plan,
+    n_dcs: int = 10,
+    *,
+    root: int | str | None = None,
+    neighbors_key: str = "neighbors",
+    copy: bool = False,
+) -> AnnData | None:
+    """Order cells by diffusion pseudotime, their distance from a root cell along the graph.
+
+    The same numbers as ``sc.tl.diffmap`` followed by ``sc.tl.dpt``, in float64. Diffusion components are always
+    those of the present graph; for many cells, components that are already there are the starting point. Also available
+    as ``sd.tl.dpt``.
+
+    Parameters
+    ----------
+    adata
+        Annotated data (cells x genes) with a neighbour graph, or a plan.
+    n_dcs
+        Number of diffusion components that count.
+    root
+        Index or name of the root cell; by default `adata.uns["iroot"]`.
+    neighbors_key
+        Key of `adata.uns` that describes the graph.
+    copy
+        Return a copy instead of writing to `adata`.
+
+    Returns
+    -------
+    None, or the copy. Sets:
+
+    `adata.obs["dpt_pseudotime"]` : float32 (cells,)
+        Pseudotime in [0, 1]; infinite for cells that the root cannot reach.
+    `adata.obsm["X_diffmap"]` : float32 (cells, n_comps)
+        Diffusion components, 15 or as many as were there.
+    `adata.uns["diffmap_evals"]` : float32 (n_comps,)
+        Their eigenvalues.
+    `adata.uns["iroot"]` : int
+        Index of the root cell.
+
+    Raises
+    ------
+    ValueError
+        If there is no neighbour graph, no root, or the root is not a cell.
+
+    References
+    ----------
+    Haghverdi et al. (2016), Diffusion pseudotime robustly reconstructs lineage branching.
+    """
+    if n_dcs < 1:
+        raise ValueError(f"n_dcs={n_dcs!r} must be at least 1")
+    data = adata.adata if isinstance(adata, Plan) else adata
+    index = root_index(data, root)
+    known = Obsm("X_diffmap")
+    present = not isinstance(adata, Plan) and known.exists(data)
+    n_comps = max(15, n_dcs, data.obsm["X_diffmap"].shape[1] if present else 0)
+    warm = present and data.n_obs >= _WARM_START
+
+    def notes(op: ops.Pseudotime, result: ops.PseudotimeResult, args: Any) -> Mapping[Slot, Any]:
+        return {Uns("iroot"): index}
+
+    step = Step(
+        "pseudotime",
+        ops.Pseudotime(n_dcs=n_dcs, n_comps=n_comps),
+        reads=(Connectivities(neighbors_key), Given(index), known if warm else None),
+        writes=(
+            Write(Obs("dpt_pseudotime"), lambda op, result: result.pseudotime, np.float32),
+            Write(known, lambda op, result: result.eigenvectors, np.float32),
+            Write(Uns("diffmap_evals"), lambda op, result: result.eigenvalues, np.float32),
+        ),
+        message=f"computing Diffusion Pseudotime using n_dcs={n_dcs}",
+        notes=notes,
+        check=warn_unconverged,
+        precise=True,
+        compiled=False,
+    )
+    return apply(adata, step, copy=copy)
+
+
+dpt = pseudotime
+
+
+def root_index(adata: AnnData, root: int | str | None) -> int:
+    """The index of the root cell given as index, name, or by `uns["iroot"]`."""
+    if root is None:
+        if "iroot" not in adata.uns:
+            raise ValueError(
+                "No root cell found. Pass `root=` (an index or a cell name), or set "
+                "`adata.uns['iroot'] = np.flatnonzero(adata.obs['cell_type'] == 'Stem')[0]`."
+            )
+        root = int(adata.uns["iroot"])
+    if isinstance(root, str):
+        if root not in adata.obs_names:
+            raise ValueError(f"root={root!r} is not in `adata.obs_names`")
+        return int(adata.obs_names.get_loc(root))
+    if not 0 <= int(root) < adata.n_obs:
+        raise ValueError(f"root={root!r} is not the index of one of the {adata.n_obs} cells")
+    return int(root)

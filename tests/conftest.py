@@ -1,0 +1,73 @@
+"""Fixtures of all tests: real data, read once and handed out as copies, and the float64 scope."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import anndata as ad
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def _read(name: str) -> ad.AnnData:
+    path = DATA / name / f"{name}.h5ad"
+    if not path.exists():
+        pytest.skip(f"the data set {name} is not at ../shared/data/{name}/{name}.h5ad beside the repository")
+    return ad.read_h5ad(path)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets beside the repository."""
+    if not DATA.is_dir():
+        pytest.skip("there is no folder ../shared/data beside the repository")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def _paul15() -> ad.AnnData:
+    return _read("paul15")
+
+
+@pytest.fixture(scope="session")
+def _worm_embryo() -> ad.AnnData:
+    return _read("worm_embryo")
+
+
+@pytest.fixture(scope="session")
+def _pbmc68k_reduced() -> ad.AnnData:
+    import scanpy as sc
+
+    return sc.datasets.pbmc68k_reduced()
+
+
+@pytest.fixture
+def paul15(_paul15: ad.AnnData) -> ad.AnnData:
+    """2730 cells x 3451 genes, counts; `obs["paul15_clusters"]`. A fresh copy."""
+    return _paul15.copy()
+
+
+@pytest.fixture
+def worm_embryo(_worm_embryo: ad.AnnData) -> ad.AnnData:
+    """1805 cells x 10000 genes, counts; `obs["embryo.time"]` in minutes. A fresh copy."""
+    return _worm_embryo.copy()
+
+
+@pytest.fixture
+def pbmc68k_reduced(_pbmc68k_reduced: ad.AnnData) -> ad.AnnData:
+    """700 cells x 765 genes, scaled values with a graph; ships with scanpy, so it is there everywhere. A fresh copy."""
+    return _pbmc68k_reduced.copy()
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Run the test in float64."""
+    with jax.enable_x64(True):
+        yield

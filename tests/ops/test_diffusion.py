@@ -1,0 +1,134 @@
+"""Diffusion maps and pseudotime against dense linear algebra; agreement with scanpy is in test_parity."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from helpers import QUICK, allowed_direction, called, directional_fd
+from scdiffx import ops
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@functools.cache
+def curve_graph(n: int, n_neighbors: int = 10) -> ops.Graph:
+    """Neighbours of points along an arc."""
+    rng = np.random.default_rng(0)
+    t = np.sort(rng.uniform(size=n))
+    points = np.c_[np.cos(3 * t), np.sin(3 * t), t] + 0.02 * rng.normal(size=(n, 3))
+    z = jnp.asarray(points)
+    return called(ops.Neighbors(n_neighbors=n_neighbors).init(z), z).connectivities
+
+
+def dense_transitions(weights: np.ndarray) -> np.ndarray:
+    q = weights.sum(0)
+    kernel = weights / np.outer(q, q)
+    z = np.sqrt(kernel.sum(0))
+    return kernel / np.outer(z, z)
+
+
+def dense_distance(weights: np.ndarray, root: int, n_dcs: int) -> np.ndarray:
+    values, vectors = np.linalg.eigh(dense_transitions(weights))
+    values, vectors = values[::-1][:n_dcs], vectors[:, ::-1][:, :n_dcs]
+    ratio = np.where(values < 0.9994, values / (1 - np.where(values < 0.9994, values, 0)), 1)
+    return np.sqrt((((vectors - vectors[root]) * ratio) ** 2).sum(1))
+
+
+def two_copies(graph: ops.Graph) -> ops.Graph:
+    one = graph.to_scipy()
+    return ops.Graph.from_scipy(sp.block_diag([one, one]).tocsr())
+
+
+def test_transitions_equal_the_dense_formula() -> None:
+    graph = curve_graph(120)
+    found = ops.transitions(graph).to_scipy().toarray()
+    np.testing.assert_allclose(found, dense_transitions(graph.to_scipy().toarray()), atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [120, 320], ids=["dense solver", "iterative solver"])
+def test_map_equals_a_dense_decomposition(n: int) -> None:
+    graph = curve_graph(n)
+    result = called(ops.DiffusionMap(n_comps=6), graph)
+    values, vectors = np.linalg.eigh(dense_transitions(graph.to_scipy().toarray()))
+    assert bool(result.converged)
+    np.testing.assert_allclose(result.eigenvalues, values[::-1][:6], atol=1e-10)
+    overlap = np.abs((np.asarray(result.eigenvectors) * vectors[:, ::-1][:, :6]).sum(0))
+    assert overlap.min() > 1 - 1e-8
+    assert abs(float(result.eigenvalues[0]) - 1) < 1e-10
+
+
+@pytest.mark.parametrize("n", [120, 320], ids=["dense solver", "iterative solver"])
+def test_pseudotime_equals_its_dense_definition(n: int) -> None:
+    graph = curve_graph(n)
+    result = called(ops.Pseudotime(n_dcs=6, n_comps=8), graph, jnp.asarray(4))
+    expected = dense_distance(graph.to_scipy().toarray(), 4, 6)
+    np.testing.assert_allclose(result.distance, expected, atol=1e-7 * expected.max())
+    np.testing.assert_allclose(result.pseudotime, expected / expected.max(), atol=1e-7)
+    assert float(result.pseudotime[4]) == 0
+    assert float(result.pseudotime.max()) == 1
+
+
+def test_pseudotime_follows_the_arc() -> None:
+    time = np.asarray(called(ops.Pseudotime(n_dcs=6, n_comps=8), curve_graph(120, 40), jnp.asarray(0)).pseudotime)
+    assert np.corrcoef(np.argsort(np.argsort(time)), np.arange(120))[0, 1] > 0.98
+
+
+def test_what_the_root_does_not_reach_is_infinite() -> None:
+    graph = two_copies(curve_graph(70))
+    time = np.asarray(called(ops.Pseudotime(n_dcs=6), graph, jnp.asarray(80)).pseudotime)
+    assert np.isinf(time[:70]).all()
+    assert np.isfinite(time[70:]).all()
+    assert time[80] == 0
+    assert time[70:].max() == 1
+
+
+def test_a_lonely_root() -> None:
+    one = curve_graph(60).to_scipy()
+    graph = ops.Graph.from_scipy(sp.block_diag([one, sp.csr_matrix((1, 1))]).tocsr())
+    time = np.asarray(called(ops.Pseudotime(n_dcs=4), graph, jnp.asarray(60)).pseudotime)
+    assert time[60] == 0
+    assert np.isinf(time[:60]).all()
+
+
+@pytest.mark.parametrize("n", [70, 160], ids=["dense solver", "iterative solver"])
+def test_derivatives_on_an_exactly_degenerate_spectrum(n: int) -> None:
+    """Two equal components: every eigenvalue is double, where differentiated eigenvectors would be NaN."""
+    graph = two_copies(curve_graph(n))
+    op = ops.Pseudotime(n_dcs=6, n_comps=10)
+
+    def spread(values: jax.Array) -> jax.Array:
+        time = op(graph.with_values(values), jnp.asarray(3)).distance
+        return (jnp.where(jnp.isfinite(time), time, 0) ** 2).sum()
+
+    both = jax.jit(jax.value_and_grad(spread), compiler_options=QUICK)
+    gradient = both(graph.values)[1]
+    assert bool(jnp.isfinite(gradient).all())
+    # The same change in both copies keeps the spectrum double.
+    (step,) = allowed_direction(curve_graph(n))
+    step = two_copies(curve_graph(n).with_values(step)).values
+    exact = float((gradient * step).sum())
+    numeric = directional_fd(lambda v: both(v)[0], graph.values, step, (1e-5, 1e-6))
+    assert exact != 0
+    np.testing.assert_allclose(numeric, exact, rtol=1e-4)
+
+
+def test_a_start_changes_the_way_and_not_the_result() -> None:
+    graph = curve_graph(320)
+    op = ops.Pseudotime(n_dcs=6, n_comps=8)
+    cold = called(op, graph, jnp.asarray(0))
+    warm = called(op, graph, jnp.asarray(0), cold.eigenvectors)
+    stale = called(op, graph, jnp.asarray(0), jnp.asarray(np.random.default_rng(0).normal(size=(320, 8))))
+    for other in (warm, stale):
+        np.testing.assert_allclose(other.pseudotime, cold.pseudotime, atol=1e-7)
+
+
+def test_fewer_cells_than_components() -> None:
+    graph = curve_graph(12)
+    assert called(ops.DiffusionMap(), graph).eigenvectors.shape == (12, 11)
+    assert bool(jnp.isfinite(called(ops.Pseudotime(), graph, jnp.asarray(0)).pseudotime).all())

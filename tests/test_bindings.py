@@ -1,0 +1,631 @@
+"""What every public function of `sd.pp` and `sd.tl` owes the AnnData it is given: a new one adds cases to the table."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anndata as ad
+import jax
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import scdiffx as sd
+from helpers import changed, contents, pbmc_counts, same
+
+CELLS, GENES = 150, 120
+
+
+class Case(NamedTuple):
+    """A call on trial.
+
+    `source` names what the AnnData holds beforehand (see :func:`source`). `writes` are the paths that change, with
+    scanpy's dtypes, and `keyed` those with ``key_added="mine"``. `matrix` says whether the call reads `X` or a layer,
+    `counts` whether it must refuse negative values.
+    """
+
+    name: str
+    function: str
+    source: str
+    writes: Mapping[str, str]
+    kwargs: Mapping[str, Any] = {}
+    keyed: Mapping[str, str] | None = None
+    matrix: bool = False
+    counts: bool = False
+
+
+HVG = {"var/highly_variable": "bool", "var/means": "float64", "uns/hvg": "mapping", "uns/hvg/flavor": "str"}
+DISPERSIONS = HVG | {"var/dispersions": "float64", "var/dispersions_norm": "float32"}
+VARIANCES = HVG | {
+    "var/highly_variable_rank": "float32",
+    "var/variances": "float64",
+    "var/variances_norm": "float64",
+}
+
+
+def pca_keys(scores: str, loadings: str, entry: str, loadings_dtype: str = "float32") -> dict[str, str]:
+    return {
+        f"obsm/{scores}": "float32",
+        f"varm/{loadings}": loadings_dtype,
+        f"uns/{entry}": "mapping",
+        f"uns/{entry}/params": "mapping",
+        f"uns/{entry}/variance": "float32",
+        f"uns/{entry}/variance_ratio": "float32",
+    }
+
+
+def graph_keys(entry: str, prefix: str = "", distances: str = "float64") -> dict[str, str]:
+    return {
+        f"obsp/{prefix}distances": distances,
+        f"obsp/{prefix}connectivities": "float32",
+        f"uns/{entry}": "mapping",
+        f"uns/{entry}/connectivities_key": "str",
+        f"uns/{entry}/distances_key": "str",
+        f"uns/{entry}/params": "mapping",
+    }
+
+
+def leiden_keys(key: str) -> dict[str, str]:
+    return {
+        f"obs/{key}": "category",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/modularity": "float",
+    }
+
+
+DIFFMAP = {"obsm/X_diffmap": "float32", "uns/diffmap_evals": "float32"}
+
+CASES = [
+    Case(
+        "normalize_total",
+        "pp.normalize_total",
+        "counts",
+        {"X": "float32"},
+        {"target_sum": 1e3},
+        keyed={"X": "float32", "obs/mine": "float32"},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "log1p",
+        "pp.log1p",
+        "counts",
+        {"X": "float32", "uns/log1p": "mapping", "uns/log1p/base": "NoneType"},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "scale",
+        "pp.scale",
+        "log",
+        {"X": "float32", "var/mean": "float64", "var/std": "float64"},
+        {"max_value": 3},
+        matrix=True,
+    ),
+    Case(
+        "scale_uncentred",
+        "pp.scale",
+        "log",
+        {"X": "float32", "var/mean": "float64", "var/std": "float64"},
+        {"zero_center": False},
+        matrix=True,
+    ),
+    Case("hvg", "pp.highly_variable_genes", "log", DISPERSIONS, {"n_top_genes": 40}, matrix=True, counts=True),
+    Case(
+        "hvg_batches",
+        "pp.highly_variable_genes",
+        "log",
+        DISPERSIONS | {"var/highly_variable_nbatches": "int64", "var/highly_variable_intersection": "bool"},
+        {"batch_key": "batch"},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "hvg_soft",
+        "pp.highly_variable_genes",
+        "log",
+        DISPERSIONS | {"var/gene_weight": "float32"},
+        {"soft": True},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "hvg_v3",
+        "pp.highly_variable_genes",
+        "counts",
+        VARIANCES,
+        {"flavor": "seurat_v3", "n_top_genes": 40},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "pca",
+        "pp.pca",
+        "log",
+        pca_keys("X_pca", "PCs", "pca"),
+        {"n_comps": 9},
+        keyed=pca_keys("mine", "mine", "mine"),
+        matrix=True,
+    ),
+    Case(
+        "pca_masked",
+        "pp.pca",
+        "selected",
+        pca_keys("X_pca", "PCs", "pca", "float64"),
+        {"n_comps": 9},
+        matrix=True,
+    ),
+    Case(
+        "neighbors",
+        "pp.neighbors",
+        "reduced",
+        graph_keys("neighbors"),
+        {"n_neighbors": 9},
+        keyed=graph_keys("mine", "mine_"),
+    ),
+    Case(
+        "neighbors_of_x",
+        "pp.neighbors",
+        "log",
+        graph_keys("neighbors", distances="float32"),
+        {"n_neighbors": 9, "use_rep": "X", "metric": "cosine", "method": "gauss"},
+        matrix=True,
+    ),
+    Case("diffmap", "tl.diffmap", "graph", DIFFMAP, {"n_comps": 6}),
+    Case(
+        "pseudotime",
+        "tl.pseudotime",
+        "graph",
+        DIFFMAP | {"obs/dpt_pseudotime": "float32", "uns/iroot": "int"},
+        {"root": 3},
+    ),
+    Case("dpt", "tl.dpt", "rooted", DIFFMAP | {"obs/dpt_pseudotime": "float32"}),
+    Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
+]
+FUNCTIONS = sorted({case.function for case in CASES})
+OF_MATRIX = [case for case in CASES if case.matrix]
+OF_GRAPH = [case for case in CASES if case.source in ("graph", "rooted")]
+
+
+def each(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    part, attribute = name.split(".")
+    return getattr(getattr(sd, part), attribute)
+
+
+@functools.cache
+def _source(name: str) -> ad.AnnData:
+    if name == "counts":
+        adata = pbmc_counts(CELLS, GENES)
+        adata.obs["batch"] = np.where(np.arange(CELLS) % 3 == 0, "first", "second")
+        adata.layers["spare"] = adata.X.copy()
+        return adata
+    earlier, step = {
+        "log": ("counts", lambda a: (sd.pp.normalize_total(a), sd.pp.log1p(a))),
+        "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
+        "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
+        "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
+        "rooted": ("graph", lambda a: a.uns.update(iroot=3)),
+    }[name]
+    adata = source(earlier)
+    step(adata)
+    return adata
+
+
+def source(name: str) -> ad.AnnData:
+    """Blood cells with real label names such as "CD4+/CD45RO+ Memory", as the named step of a workflow leaves them."""
+    return _source(name).copy()
+
+
+def call(case: Case, adata: ad.AnnData, **kwargs: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return function_named(case.function)(adata, **{**case.kwargs, **kwargs})
+
+
+@functools.cache
+def _result(name: str) -> ad.AnnData:
+    case = next(case for case in CASES if case.name == name)
+    adata = source(case.source)
+    assert call(case, adata) is None
+    return adata
+
+
+def result(case: Case) -> ad.AnnData:
+    """The AnnData after the call; not to be written to."""
+    return _result(case.name)
+
+
+def kind(value: Any) -> str:
+    return str(value.dtype) if hasattr(value, "dtype") else value if value == "mapping" else type(value).__name__
+
+
+def top_paths(paths: set[str]) -> set[str]:
+    return {re.sub("/params/.*", "/params", path) for path in paths}
+
+
+def assert_wrote(before: Mapping[str, Any], adata: ad.AnnData, expected: Mapping[str, str]) -> None:
+    after = contents(adata)
+    assert top_paths(changed(before, after)) == set(expected)
+    assert {path: kind(after[path]) for path in expected} == dict(expected)
+
+
+def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
+    left, right = contents(a), contents(b)
+    assert set(left) == set(right)
+    different = [path for path in left if not same(left[path], right[path], rtol=rtol)]
+    assert not different
+
+
+def test_every_public_function_has_a_case() -> None:
+    public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
+    assert public == set(FUNCTIONS)
+
+
+@each(CASES)
+def test_only_the_documented_keys_change(case: Case) -> None:
+    assert_wrote(contents(_source(case.source)), result(case), case.writes)
+    returns = inspect.getdoc(function_named(case.function)).split("Returns\n---")[1].split("Raises\n---")[0]
+    for path in case.writes:
+        key = path.split("/")[1] if "/" in path else path
+        shown = {"neighbors": "neighbors", "leiden": "key_added"}.get(key, key)
+        assert shown in returns, f"{path} is not in the docstring"
+
+
+@each(CASES)
+def test_written_values_live_on_the_host(case: Case) -> None:
+    found = contents(result(case))
+    assert not [path for path, value in found.items() if isinstance(value, jax.Array)]
+
+
+@each(CASES)
+def test_copy_leaves_the_original_alone(case: Case) -> None:
+    adata = source(case.source)
+    before = contents(adata)
+    copied = call(case, adata, copy=True)
+    assert not changed(before, contents(adata))
+    assert copied is not adata
+    assert_equal(copied, result(case))
+
+
+@each(CASES)
+def test_a_view_becomes_actual_and_its_parent_stays(case: Case) -> None:
+    parent = source(case.source)
+    before = contents(parent)
+    view = parent[np.arange(CELLS) != 2]
+    alone = view.copy()
+    with pytest.warns(UserWarning, match="view") as caught:
+        function_named(case.function)(view, **case.kwargs)
+    assert {w.filename for w in caught if "view" in str(w.message)} == {__file__}
+    assert not view.is_view
+    assert not changed(before, contents(parent))
+    call(case, alone)
+    assert_equal(view, alone)
+
+
+@each([case for case in CASES if "key_added" in inspect.signature(function_named(case.function)).parameters])
+def test_key_added(case: Case) -> None:
+    adata = source(case.source)
+    if case.keyed is not None:
+        before = contents(adata)
+        call(case, adata, key_added="mine")
+        assert_wrote(before, adata, case.keyed)
+    else:
+        assert any(other.keyed is not None for other in CASES if other.function == case.function)
+
+
+def small_integers(case: Case) -> sp.csr_matrix:
+    """A matrix whose values are the same as integers, float32 and float64, and whose exponentials are finite."""
+    matrix = source("counts").X
+    matrix.data = np.minimum(matrix.data, 6)
+    return matrix
+
+
+FORMATS: dict[str, Callable[[sp.csr_matrix], Any]] = {
+    "csc_matrix": sp.csc_matrix,
+    "csr_array": sp.csr_array,
+    "csc_array": sp.csc_array,
+    "dense": lambda m: m.toarray(),
+    "dense_fortran": lambda m: np.asfortranarray(m.toarray()),
+    "csr_float64": lambda m: m.astype(np.float64),
+    "dense_float64": lambda m: m.toarray().astype(np.float64),
+    "csr_int": lambda m: m.astype(np.int32),
+    "dense_int": lambda m: m.toarray().astype(np.int64),
+}
+
+
+@functools.cache
+def result_of_integers(name: str) -> dict[str, Any]:
+    case = next(case for case in CASES if case.name == name)
+    adata = source(case.source)
+    adata.X = small_integers(case)
+    call(case, adata)
+    return contents(adata)
+
+
+@each(OF_MATRIX)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_matrix_format_gives_the_same(case: Case, form: str) -> None:
+    expected = result_of_integers(case.name)
+    adata = source(case.source)
+    adata.X = given = FORMATS[form](small_integers(case))
+    call(case, adata)
+    found = contents(adata)
+    for path in case.writes:
+        a, b = (x[path].toarray() if sp.issparse(x[path]) else x[path] for x in (expected, found))
+        if kind(a).startswith("float"):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5 * np.nanmax(np.abs(a)), err_msg=path)
+        else:
+            assert same(a, b), path
+    if "X" in case.writes and case.name != "scale":
+        assert type(found["X"]) is type(given)
+        assert found["X"].dtype == (given.dtype if given.dtype.kind == "f" else np.float32)
+
+
+@each([case for case in OF_MATRIX if "layer" in inspect.signature(function_named(case.function)).parameters])
+def test_layer(case: Case) -> None:
+    plain, layered = source(case.source), source(case.source)
+    layered.layers["here"] = plain.X.copy()
+    layered.X = sp.csr_matrix(plain.shape, dtype=np.float32)
+    before = contents(layered)
+    call(case, layered, layer="here")
+    written = {"layers/here" if path == "X" else path: value for path, value in case.writes.items()}
+    assert_wrote(before, layered, written)
+    found, expected = contents(layered), contents(result(case))
+    for path in case.writes:
+        if "/params" not in path:
+            assert same(found["layers/here" if path == "X" else path], expected[path]), path
+
+
+@each(CASES)
+@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+def test_round_trip_through_files(case: Case, form: str, tmp_path: Path) -> None:
+    written = result(case).copy()
+    path = tmp_path / f"written.{form}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(written, f"write_{form}")(path)
+        back = getattr(ad, f"read_{form}")(path)
+    assert any("/" in name for name in back.obs["cell_type"].cat.categories)
+    left, right = contents(written), contents(back)
+    assert set(left) == set(right)
+    for path in case.writes:
+        assert same(left[path], right[path]), path
+
+
+def poisoned(case: Case, value: float, form: str) -> tuple[ad.AnnData, str]:
+    """The source with one impossible value, and the words of the error that names its place."""
+    adata = source(case.source)
+    adata.X = FORMATS.get(form, sp.csr_matrix)(adata.X)
+    cell, gene = 4, int(adata.X[[4]].nonzero()[1][3])
+    if sp.issparse(adata.X):
+        matrix = adata.X.tolil()
+        matrix[cell, gene] = value
+        adata.X = FORMATS.get(form, sp.csr_matrix)(matrix.tocsr())
+    else:
+        adata.X[cell, gene] = value
+    return adata, re.escape(f"cell {adata.obs_names[cell]!r} and gene {adata.var_names[gene]!r}")
+
+
+def assert_refuses(
+    case: Case, adata: ad.AnnData, error: type[Exception], match: str | None = None, **kwargs: Any
+) -> None:
+    before = contents(adata)
+    with pytest.raises(error, match=match):
+        call(case, adata, **kwargs)
+    assert not changed(before, contents(adata))
+
+
+@each(OF_MATRIX)
+@pytest.mark.parametrize("form", ["csr", "csc_matrix", "dense"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(case: Case, form: str, value: float) -> None:
+    adata, where = poisoned(case, value, form)
+    assert_refuses(case, adata, ValueError, f"{value}.*{where}.*not finite")
+
+
+@each([case for case in OF_MATRIX if case.counts])
+@pytest.mark.parametrize("form", ["csr", "dense"])
+def test_negative_counts_are_refused(case: Case, form: str) -> None:
+    adata, where = poisoned(case, -1, form)
+    assert_refuses(case, adata, ValueError, f"-1.*{where}.*negative")
+
+
+@each(CASES)
+@pytest.mark.parametrize("axis", ["cells", "genes"])
+def test_empty_data_are_refused(case: Case, axis: str) -> None:
+    if axis == "genes" and not case.matrix:
+        pytest.skip("reads no matrix")
+    adata = source(case.source)
+    adata = (adata[:0] if axis == "cells" else adata[:, :0]).copy()
+    assert_refuses(case, adata, ValueError)
+
+
+@each(CASES)
+def test_one_cell_is_refused_or_has_a_finite_result(case: Case) -> None:
+    adata = source(case.source)[:1].copy()
+    if case.function in ("pp.normalize_total", "pp.log1p", "pp.scale"):
+        call(case, adata)
+        matrix = adata.X.toarray() if sp.issparse(adata.X) else adata.X
+        assert np.isfinite(matrix).all()
+    elif case.function == "tl.leiden":
+        call(case, adata)
+        assert list(adata.obs["leiden"]) == ["0"]
+    else:
+        adata.uns["iroot"] = 0
+        assert_refuses(case, adata, ValueError, **({"root": 0} if "root" in case.kwargs else {}))
+
+
+@each([case for case in OF_MATRIX if "layer" in inspect.signature(function_named(case.function)).parameters])
+def test_unknown_layer(case: Case) -> None:
+    assert_refuses(case, source(case.source), KeyError, r"'absent'.*Available: \['spare'\]", layer="absent")
+
+
+@each(OF_MATRIX)
+def test_missing_matrix(case: Case) -> None:
+    adata = source(case.source)
+    adata.X = None
+    assert_refuses(case, adata, ValueError, "None")
+
+
+@each(OF_MATRIX)
+def test_backed_data_are_refused(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "backed.h5ad"
+    source(case.source).write_h5ad(path)
+    adata = ad.read_h5ad(path, backed="r")
+    before = {where: list(getattr(adata, where)) for where in ("obs", "var", "obsm", "varm", "obsp", "uns", "layers")}
+    with pytest.raises(ValueError, match="to_memory"):
+        call(case, adata)
+    assert before == {where: list(getattr(adata, where)) for where in before}
+    adata.file.close()
+
+
+@each(OF_MATRIX)
+def test_dask_is_refused(case: Case) -> None:
+    array = pytest.importorskip("dask.array", reason="dask is not installed")
+    adata = source(case.source)
+    adata.X = array.from_array(adata.X.toarray())
+    with pytest.raises(TypeError, match="dask"):
+        call(case, adata)
+
+
+@each(OF_GRAPH)
+def test_missing_graph(case: Case) -> None:
+    adata = source(case.source)
+    assert_refuses(case, adata, ValueError, r"'absent'.*Run `sc.pp.neighbors` first", neighbors_key="absent")
+    del adata.obsp["connectivities"]
+    assert_refuses(case, adata, KeyError, r"'connectivities'.*Available: \['distances'\]")
+    del adata.uns["neighbors"]
+    assert_refuses(case, adata, ValueError, "Run `sc.pp.neighbors` first")
+
+
+@each(OF_GRAPH)
+def test_graph_that_is_not_finite(case: Case) -> None:
+    adata = source(case.source)
+    adata.obsp["connectivities"].data[5] = np.nan
+    assert_refuses(case, adata, ValueError, "not finite")
+
+
+@each([case for case in CASES if "rng" in inspect.signature(function_named(case.function)).parameters])
+def test_seeds(case: Case) -> None:
+    adata = source(case.source)
+    assert_refuses(case, adata, TypeError, "not both", rng=0, random_state=0)
+    assert_refuses(case, adata, TypeError, "rng='seed'", rng="seed")
+    assert_refuses(case, adata, ValueError, "negative", random_state=-1)
+    seeds = [{"rng": 7}, {"random_state": 7}, {"rng": jax.random.key(7)}]
+    copies = [call(case, adata, copy=True, **seed) for seed in seeds]
+    for other in copies[1:]:
+        assert_equal(copies[0], other)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("wrong", [None, "adata", np.ones((3, 3)), {"X": 1}], ids=["none", "text", "array", "dict"])
+def test_first_argument_must_be_an_anndata(name: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=f"must be an AnnData or a scdiffx plan, got {type(wrong).__name__}"):
+        function_named(name)(wrong)
+
+
+REFUSED = [
+    ("normalize_total", {"target_sum": 0}, ValueError, "target_sum=0"),
+    ("normalize_total", {"max_fraction": 1.5}, ValueError, "max_fraction=1.5"),
+    ("log1p", {"base": -2}, ValueError, "base=-2"),
+    ("log1p", {"base": 1}, ValueError, "base=1"),
+    ("scale", {"max_value": 0}, ValueError, "max_value=0"),
+    ("hvg", {"flavor": "best"}, ValueError, r"flavor='best'.*'seurat_v3'"),
+    ("hvg", {"batch_key": "absent"}, KeyError, r"'absent'.*'batch'"),
+    ("hvg", {"n_top_genes": 0}, ValueError, "n_top_genes=0"),
+    ("hvg", {"n_bins": 0}, ValueError, "n_bins=0"),
+    ("hvg_soft", {"batch_key": "absent"}, KeyError, r"'absent'.*'batch'"),
+    ("hvg_v3", {"span": 2.0}, ValueError, "span=2"),
+    ("hvg_v3", {"batch_key": "index"}, ValueError, "two cells"),
+    ("pca", {"n_comps": 121}, ValueError, "n_comps=121.*120"),
+    ("pca", {"n_comps": 0}, ValueError, "n_comps=0"),
+    ("pca", {"mask_var": "absent"}, KeyError, "'absent'"),
+    ("pca", {"svd_solver": "magic"}, ValueError, "svd_solver='magic'"),
+    ("pca_masked", {"n_comps": 61}, ValueError, "n_comps=61.*60"),
+    ("neighbors", {"n_neighbors": CELLS + 1}, ValueError, f"n_neighbors={CELLS + 1}.*{CELLS}"),
+    ("neighbors", {"n_neighbors": 1}, ValueError, "n_neighbors=1"),
+    ("neighbors", {"method": "best"}, ValueError, r"method='best'.*'gauss'"),
+    ("neighbors", {"metric": "best"}, ValueError, r"metric='best'.*'cosine'"),
+    ("neighbors", {"use_rep": "X_absent"}, KeyError, r"'X_absent'.*'X_pca'"),
+    ("neighbors", {"n_pcs": 10}, ValueError, "10 dimensions.*9"),
+    ("diffmap", {"n_comps": 2}, ValueError, "n_comps=2"),
+    ("pseudotime", {"root": None}, ValueError, "iroot"),
+    ("pseudotime", {"root": CELLS}, ValueError, f"root={CELLS}"),
+    ("pseudotime", {"root": -1}, ValueError, "root=-1"),
+    ("pseudotime", {"root": "nobody"}, ValueError, "root='nobody'"),
+    ("pseudotime", {"n_dcs": 0}, ValueError, "n_dcs=0"),
+    ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "error", "match"), REFUSED, ids=lambda x: str(x).replace(" ", ""))
+def test_impossible_settings_are_refused(name: str, kwargs: Any, error: type[Exception], match: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    adata = source(case.source)
+    adata.obs["index"] = np.arange(CELLS)
+    assert_refuses(case, adata, error, match, **kwargs)
+
+
+def test_a_fallback_to_pca_that_fails_later_changes_nothing() -> None:
+    case = next(case for case in CASES if case.name == "neighbors")
+    assert_refuses(case, source("log"), ValueError, "metric='best'", metric="best")
+
+
+def test_neighbors_falls_back_to_pca_once() -> None:
+    adata, by_hand = source("log"), source("log")
+    with pytest.warns(UserWarning, match="Falling back to preprocessing") as caught:
+        sd.pp.neighbors(adata, n_neighbors=9)
+    assert caught[0].filename == __file__
+    sd.pp.pca(by_hand)
+    sd.pp.neighbors(by_hand, n_neighbors=9)
+    assert_equal(adata, by_hand)
+    view = source("log")[:100]
+    with pytest.warns(UserWarning, match="view|Falling") as caught:
+        sd.pp.neighbors(view, n_neighbors=9)
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_root_by_name_by_number_and_by_iroot_agree() -> None:
+    adata = source("graph")
+    results = [sd.tl.pseudotime(adata, root=root, copy=True) for root in (3, adata.obs_names[3], np.int64(3))]
+    adata.uns["iroot"] = np.int64(3)
+    results.append(sd.tl.dpt(adata, copy=True))
+    for other in results[1:]:
+        assert same(results[0].obs["dpt_pseudotime"], other.obs["dpt_pseudotime"])
+        assert other.uns["iroot"] == 3
+
+
+def test_warnings_that_scanpy_gives() -> None:
+    adata = source("counts")
+    adata.X[5] = 0
+    adata.X.eliminate_zeros()
+    with pytest.warns(UserWarning, match="Some cells have zero counts") as caught:
+        sd.pp.normalize_total(adata)
+    sd.pp.log1p(adata)
+    with pytest.warns(UserWarning, match="already log-transformed") as again:
+        sd.pp.log1p(adata, copy=True)
+    with pytest.warns(UserWarning, match="expects raw count data") as counts:
+        sd.pp.highly_variable_genes(adata, flavor="seurat_v3", copy=True)
+    with pytest.warns(UserWarning, match="densifies") as dense:
+        sd.pp.scale(adata)
+    assert {w.filename for r in (caught, again, counts, dense) for w in r} == {__file__}
+
+
+def test_subset_keeps_the_selected_genes() -> None:
+    whole, part = source("log"), source("log")
+    sd.pp.highly_variable_genes(whole, n_top_genes=40)
+    sd.pp.highly_variable_genes(part, n_top_genes=40, subset=True)
+    assert list(part.var_names) == list(whole.var_names[whole.var["highly_variable"]])
+    assert same(part.X, whole.X[:, whole.var["highly_variable"].to_numpy()])

@@ -1,0 +1,374 @@
+"""What every operator must prove. To cover a new operator, add one case to the table: nothing else changes.
+
+A case says how to make the operator, which real inputs it takes for a list of cells, and which of its outputs can be
+compared: those whose value does not depend on an arbitrary sign, rotation or order of slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import (
+    QUICK,
+    allowed_direction,
+    directional_fd,
+    enlarged,
+    float_leaves,
+    largest_array,
+    pbmc_counts,
+    temp_megabytes,
+    tree_vdot,
+)
+from scdiffx import ops
+from scdiffx._core.counts import matmul
+from scdiffx._core.fields import fields_of_kind, learnables, replace
+
+CELLS, GENES, DIMS = 300, 220, 10
+LARGE, MANY_GENES = 50_000, 2_000
+
+
+class Data(NamedTuple):
+    """Real blood cells, in the forms that operators take."""
+
+    counts: ops.Counts
+    log: ops.Counts
+    gene_weights: jax.Array
+    coordinates: jax.Array
+    graph: ops.Graph
+    root: jax.Array
+
+
+class Case(NamedTuple):
+    """An operator on trial.
+
+    `op` makes it, before `init`. `inputs` takes what it reads from :class:`Data`. `value` takes the comparable outputs
+    from its result; an output of as many rows as there are cells has to follow a permutation of the cells. `learns`
+    names its learnables. `budget` bounds the megabytes of intermediate results of its derivative (of its value, where
+    it has no derivative) at 50,000 cells x 2,000 genes.
+    """
+
+    name: str
+    op: Callable[[], Any]
+    inputs: Callable[[Data], tuple[Any, ...]]
+    value: Callable[[Any], Any]
+    budget: float
+    learns: tuple[str, ...] = ()
+    differentiable: bool = True
+    # What a randomised search finds depends on the order of the cells.
+    equivariant: bool = True
+
+
+def of_matrix(x: ops.Counts) -> jax.Array:
+    """Sums over slices of the genes: they see every value and have one row a cell."""
+    columns = jnp.arange(x.shape[1])
+    return matmul(x, jnp.stack([columns % 2, columns % 3], 1).astype(x.dtype))
+
+
+def of_neighbors(result: ops.NeighborsResult) -> Any:
+    graph = result.connectivities
+    return result.distances, graph.row_sums(), graph.with_values(graph.values**2).row_sums()
+
+
+CASES = [
+    Case(
+        "normalize_total",
+        lambda: ops.NormalizeTotal(),
+        lambda d: (d.counts,),
+        lambda r: (of_matrix(r.x), r.factor),
+        budget=1_500,
+        learns=("target_sum",),
+    ),
+    Case(
+        "normalize_total_excluding",
+        lambda: ops.NormalizeTotal(target_sum=1e3, exclude_highly_expressed=True, max_fraction=0.1),
+        lambda d: (d.counts,),
+        lambda r: (of_matrix(r.x), r.factor),
+        budget=1_500,
+        learns=("target_sum",),
+    ),
+    Case("log1p", lambda: ops.Log1p(), lambda d: (d.counts,), of_matrix, budget=250),
+    Case("log1p_base_2", lambda: ops.Log1p(base=2.0), lambda d: (d.counts,), of_matrix, budget=250),
+    Case("scale", lambda: ops.Scale(max_value=2.0), lambda d: (d.log,), tuple, budget=2_500),
+    Case(
+        "scale_uncentred",
+        lambda: ops.Scale(zero_center=False, max_value=2.9),
+        lambda d: (d.log,),
+        lambda r: of_matrix(r.x),
+        budget=400,
+    ),
+    *(
+        Case(
+            f"highly_variable_{name}",
+            functools.partial(ops.HighlyVariable, **settings),
+            lambda d, form=form: (getattr(d, form),),
+            tuple,
+            budget=1_500,
+            learns=("temperature", "shift"),
+        )
+        for name, form, settings in (
+            ("seurat", "log", {"n_top_genes": 60}),
+            ("cutoffs", "log", {}),
+            ("seurat_v3", "counts", {"flavor": "seurat_v3", "n_top_genes": 60}),
+        )
+    ),
+    Case("pca", lambda: ops.PCA(n_comps=8, anchored=False), lambda d: (d.log, d.gene_weights), tuple, budget=2_000),
+    Case(
+        "pca_anchored",
+        lambda: ops.PCA(n_comps=8),
+        lambda d: (d.log, d.gene_weights),
+        tuple,
+        budget=1_800,
+        learns=("shift",),
+    ),
+    *(
+        Case(
+            f"neighbors_{name}",
+            functools.partial(ops.Neighbors, **settings),
+            lambda d: (d.coordinates,),
+            of_neighbors,
+            budget=150,
+            learns=("bandwidth",),
+        )
+        for name, settings in (
+            ("umap", {"n_neighbors": 15}),
+            ("gauss", {"n_neighbors": 15, "method": "gauss"}),
+            ("cosine", {"n_neighbors": 10, "metric": "cosine"}),
+        )
+    ),
+    Case(
+        "diffusion_map",
+        lambda: ops.DiffusionMap(n_comps=8),
+        lambda d: (d.graph,),
+        lambda r: (r.eigenvalues, r.eigenvectors**2),
+        budget=200,
+    ),
+    Case(
+        "pseudotime",
+        lambda: ops.Pseudotime(n_dcs=6, n_comps=8),
+        lambda d: (d.graph, d.root),
+        lambda r: (r.pseudotime, r.distance),
+        budget=200,
+    ),
+    Case(
+        "leiden",
+        lambda: ops.Leiden(),
+        lambda d: (d.graph,),
+        lambda r: (r.membership.astype(jnp.float32), r.modularity),
+        budget=50,
+        differentiable=False,
+        equivariant=False,
+    ),
+]
+DIFFERENTIABLE = [case for case in CASES if case.differentiable]
+LEARNING = [case for case in CASES if case.learns]
+in_double = pytest.mark.usefixtures("x64")
+
+
+def each(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+@functools.cache
+def matrices() -> tuple[Any, Any, np.ndarray]:
+    counts = pbmc_counts(n_genes=GENES).X.astype(np.float64)
+    log = counts.multiply(1e3 / counts.sum(1)).tocsr().log1p()
+    centred = log.toarray() - log.toarray().mean(0)
+    left, size, _ = np.linalg.svd(centred, full_matrices=False)
+    return counts, log, left[:, :DIMS] * size[:DIMS]
+
+
+def data(cells: np.ndarray) -> Data:
+    counts, log, coordinates = matrices()
+    z = jnp.asarray(coordinates[cells])
+    near = ops.Neighbors(n_neighbors=12)
+    return Data(
+        ops.Counts.from_scipy(counts[cells]),
+        ops.Counts.from_scipy(log[cells]),
+        jnp.asarray(np.random.default_rng(5).uniform(0.3, 1, GENES)),
+        z,
+        near.init(z)(z).connectivities,
+        jnp.argmax(jnp.asarray(cells == 7)),
+    )
+
+
+@functools.cache
+def shared_data() -> Data:
+    return data(np.arange(CELLS))
+
+
+def prepared(case: Case, d: Data) -> tuple[Any, tuple[Any, ...]]:
+    """The operator after `init`, and its inputs."""
+    op, args = case.op(), case.inputs(d)
+    return (op.init(*args, key=jax.random.key(0)) if hasattr(op, "init") else op), args
+
+
+@functools.cache
+def ready(name: str) -> tuple[Any, tuple[Any, ...]]:
+    with jax.enable_x64(True):
+        return prepared(next(case for case in CASES if case.name == name), shared_data())
+
+
+def outputs(case: Case, op: Any, args: tuple[Any, ...]) -> list[Any]:
+    return jax.tree.leaves(case.value(op(*args)))
+
+
+@functools.cache
+def compiled(name: str) -> Callable[..., list[Any]]:
+    """:func:`outputs` of a case, compiled once for all tests."""
+    case = next(case for case in CASES if case.name == name)
+    return jax.jit(functools.partial(outputs, case), compiler_options=QUICK)
+
+
+def parameters(op: Any) -> dict[str, Any]:
+    return {name: jnp.asarray(getattr(op, name)) for name in learnables(op)}
+
+
+def uneven(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.sin(1 + jnp.arange(np.prod(shape, dtype=int), dtype=jnp.int32).reshape(shape).astype(dtype) ** 2 % 1009)
+
+
+def weighed(case: Case, sizes: list[float] | None = None) -> Callable[..., Any]:
+    """The operator as a scalar function of its learnables and its floating inputs.
+
+    Every output gets uneven weights, for in a plain sum wrong derivatives can cancel, and is divided by its own size,
+    so that a large output does not drown the others.
+    """
+
+    def f(params: Any, floats: list[Any], op: Any, args: tuple[Any, ...]) -> Any:
+        leaves = outputs(case, replace(op, **params), float_leaves(args)[1](floats))
+        scale = sizes or [1.0] * len(leaves)
+        return sum((x * uneven(x.shape, x.dtype)).mean() / s for x, s in zip(leaves, scale, strict=True))
+
+    return f
+
+
+@in_double
+@each(DIFFERENTIABLE)
+def test_derivatives_match_finite_differences(case: Case) -> None:
+    op, args = ready(case.name)
+    sizes = [float(jnp.abs(x).mean()) for x in compiled(case.name)(op, args)]
+    both = jax.jit(jax.value_and_grad(weighed(case, sizes), argnums=(0, 1)), compiler_options=QUICK)
+    params, (floats, _) = parameters(op), float_leaves(args)
+    assert set(params) == set(case.learns)
+    assert floats
+    by_param, by_input = both(params, floats, op, args)[1]
+    directions = allowed_direction(args)
+    trials = {}
+    for i, (x, step) in enumerate(zip(floats, directions, strict=True)):
+        trials[f"input {i}"] = (
+            lambda v, i=i: both(params, [*floats[:i], v, *floats[i + 1 :]], op, args)[0],
+            x,
+            step,
+            by_input[i],
+        )
+    for name, value in params.items():
+        step = jnp.asarray(np.random.default_rng(1).standard_normal(value.shape))
+        trials[name] = (lambda v, name=name: both(params | {name: v}, floats, op, args)[0], value, step, by_param[name])
+    for what, (function, at, step, gradient) in trials.items():
+        assert bool(jnp.isfinite(gradient).all()), what
+        exact = tree_vdot(gradient, step)
+        assert exact != 0, f"{what}: no derivative arrives"
+        size = float(jnp.sqrt(jnp.mean(at**2))) or 1.0
+        numeric = directional_fd(function, at, step, steps=(1e-6 * size, 1e-7 * size))
+        np.testing.assert_allclose(numeric, exact, rtol=1e-5, err_msg=what)
+
+
+@in_double
+@each(LEARNING)
+def test_every_learnable_changes_the_output(case: Case) -> None:
+    op, args = ready(case.name)
+    before = compiled(case.name)(op, args)
+    for name, constraint in learnables(op).items():
+        value = jnp.asarray(getattr(op, name))
+        step = jnp.asarray(np.random.default_rng(2).standard_normal(value.shape))
+        moved = constraint.from_real(constraint.to_real(value) + 0.3 * step)
+        assert bool(constraint.accepts(moved).all())
+        after = compiled(case.name)(replace(op, **{name: moved}), args)
+        assert max(float(jnp.abs(a - b).max()) for a, b in zip(before, after, strict=True)) > 1e-3, name
+
+
+@in_double
+@each(CASES)
+def test_jit_equals_eager(case: Case) -> None:
+    op, args = ready(case.name)
+    for a, b in zip(outputs(case, op, args), compiled(case.name)(op, args), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+@in_double
+@each(CASES)
+def test_same_seed_gives_the_same_numbers(case: Case) -> None:
+    first, again = ready(case.name), prepared(case, shared_data())
+    assert jax.tree.structure(first) == jax.tree.structure(again)
+    for a, b in zip(compiled(case.name)(*first), compiled(case.name)(*again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@in_double
+@each([case for case in CASES if case.equivariant])
+def test_permuting_the_cells_permutes_the_results(case: Case) -> None:
+    order = np.random.default_rng(0).permutation(CELLS)
+    straight = compiled(case.name)(*ready(case.name))
+    moved = compiled(case.name)(*prepared(case, shuffled_data()))
+    for a, b in zip(straight, moved, strict=True):
+        expected = np.asarray(a)[order] if a.ndim and a.shape[0] == CELLS else np.asarray(a)
+        np.testing.assert_allclose(b, expected, rtol=1e-6, atol=1e-8 * float(jnp.abs(a).max()))
+
+
+@functools.cache
+def shuffled_data() -> Data:
+    return data(np.random.default_rng(0).permutation(CELLS))
+
+
+def derivative_at(case: Case, n: int) -> tuple[Callable[..., Any], Any, Any]:
+    """Value and derivative of a case as one function, and the float32 shapes of its arguments for n cells."""
+    op, args = enlarged(ready(case.name), {CELLS: n, GENES: MANY_GENES})
+
+    def both(op: Any, args: Any) -> Any:
+        params, (floats, _) = parameters(op), float_leaves(args)
+        return jax.value_and_grad(weighed(case), argnums=(0, 1))(params, floats, op, args)
+
+    return (both if case.differentiable else functools.partial(outputs, case)), op, args
+
+
+@each(CASES)
+def test_memory_grows_with_the_cells_and_not_their_square(case: Case) -> None:
+    few, many = (largest_array(*derivative_at(case, n)) for n in (LARGE // 2, LARGE))
+    assert many < 2.5 * few, f"the largest array grows from {few:.3g} to {many:.3g} numbers"
+
+
+@each(CASES)
+def test_memory_at_50000_cells_is_within_budget(case: Case) -> None:
+    needed = temp_megabytes(*derivative_at(case, LARGE))
+    assert needed < case.budget, f"{needed:.0f} MB"
+
+
+@each(CASES)
+def test_operator_is_a_frozen_pytree_with_hashable_statics(case: Case) -> None:
+    for op in (case.op(), ready(case.name)[0]):
+        leaves, structure = jax.tree.flatten(op)
+        again = jax.tree.unflatten(structure, leaves)
+        assert type(again) is type(op)
+        assert jax.tree.structure(again) == structure
+        assert hash(structure) == hash(jax.tree.structure(again))
+        assert all(a is b for a, b in zip(leaves, jax.tree.leaves(again), strict=True))
+        for f in fields_of_kind(op, "static"):
+            assert getattr(again, f.name) == getattr(op, f.name)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(op, dataclasses.fields(op)[0].name if dataclasses.fields(op) else "field", 0)
+
+
+@each(CASES)
+def test_operator_keeps_to_its_vocabulary(case: Case) -> None:
+    op = case.op()
+    assert len(dataclasses.fields(op)) <= 8
+    with pytest.raises(TypeError, match="positional"):
+        type(op)(1)

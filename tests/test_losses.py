@@ -1,0 +1,96 @@
+"""Losses: values, masks, and no collapse or NaN on degenerate outputs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scdiffx as sd
+from scdiffx.losses import Correlation, CrossEntropy, TimeOrder
+
+N = 200
+TIME = jnp.asarray(np.random.default_rng(0).permutation(N), jnp.float32)
+ALL = jnp.ones(N, bool)
+
+
+def noisy(scale: float) -> jax.Array:
+    return TIME + scale * jnp.asarray(np.random.default_rng(1).normal(size=N), jnp.float32)
+
+
+@pytest.mark.parametrize("term", [Correlation(output="t"), TimeOrder(output="t")])
+def test_order_losses_rank_right_noisy_and_reversed(term):
+    right, rough, wrong = (float(term(v, TIME, ALL)) for v in (TIME, noisy(60.0), -TIME))
+    assert right < rough < wrong
+
+
+def test_correlation_is_one_minus_pearson():
+    expected = 1 - np.corrcoef(noisy(60.0), TIME)[0, 1]
+    assert float(Correlation(output="t")(noisy(60.0), TIME, ALL)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("term", [Correlation(output="t"), TimeOrder(output="t")])
+@pytest.mark.parametrize(
+    "value",
+    [TIME * 1e-3, jnp.zeros(N), jnp.full(N, 0.3).at[0].set(jnp.nan), TIME.at[:5].set(jnp.inf)],
+    ids=["shrunk", "zero", "constant", "inf"],
+)
+def test_degenerate_outputs_give_finite_losses_and_gradients(term, value):
+    loss, slope = jax.value_and_grad(term)(value, TIME, ALL)
+    assert bool(jnp.isfinite(loss))
+    assert bool(jnp.isfinite(slope).all())
+    if float(jnp.nanstd(value)) < 1e-6:
+        assert float(jnp.abs(slope).max()) == 0
+
+
+@pytest.mark.parametrize("term", [Correlation(output="t"), TimeOrder(output="t")])
+def test_losses_do_not_reward_shrinking(term):
+    assert float(term(noisy(60.0) * 1e-3, TIME, ALL)) == pytest.approx(float(term(noisy(60.0), TIME, ALL)), abs=1e-4)
+
+
+@pytest.mark.parametrize("term", [Correlation(output="t"), TimeOrder(output="t")])
+def test_cells_without_a_target_or_masked_do_not_count(term):
+    value = noisy(60.0)
+    gone = jnp.arange(N) < 50
+    spoiled = jnp.where(gone, 1e6 * jnp.sin(jnp.arange(N)), value)
+    by_nan = term(spoiled, jnp.where(gone, jnp.nan, TIME), ALL)
+    by_mask = term(spoiled, TIME, ~gone)
+    assert float(by_nan) == pytest.approx(float(by_mask))
+    assert float(jnp.abs(jax.grad(term)(spoiled, TIME, ~gone)[:50]).max()) == 0
+
+
+def test_cross_entropy_starts_at_the_best_readout_of_the_unfitted_plan():
+    from sklearn.linear_model import LogisticRegression
+
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(N, 3)), jnp.float32)
+    noise = jnp.asarray(np.random.default_rng(3).normal(size=N))
+    labels = (z[:, 0] + 0.7 * noise > 0).astype(jnp.int32).at[:20].set(-1)
+    term = CrossEntropy(output="z").init(z, labels, ALL)
+    known = np.asarray(labels) >= 0
+    model = LogisticRegression(C=1e6).fit(np.asarray(z)[known], np.asarray(labels)[known])
+    log_p = model.predict_log_proba(np.asarray(z)[known])
+    best = -log_p[np.arange(known.sum()), np.asarray(labels)[known]].mean()
+    assert float(term(z, labels, ALL)) == pytest.approx(best, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: z * 1e-3, lambda z: 0 * z + 0.3, lambda z: z + 1e4], ids=["shrunk", "constant", "far"]
+)
+def test_cross_entropy_is_finite_on_collapsed_outputs(change):
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(N, 3)), jnp.float32)
+    labels = (z[:, 0] > 0).astype(jnp.int32).at[:20].set(-1)
+    for term in (CrossEntropy(output="z").init(z, labels, ALL), CrossEntropy(output="z").init(change(z), labels, ALL)):
+        loss, slope = jax.value_and_grad(term)(change(z), labels, ALL)
+        assert bool(jnp.isfinite(loss))
+        assert bool(jnp.isfinite(slope).all())
+        assert not np.asarray(slope[:20]).any()
+
+
+def test_losses_add_and_scale():
+    loss = 2 * sd.losses.correlation("a", "b") + sd.losses.l1("c") * 0.5
+    assert [w for w, _ in loss.terms] == [2.0, 0.5]
+    with pytest.raises(ValueError, match="temperature"):
+        sd.losses.time_order("a", "b", temperature=0)
+    with pytest.raises(ValueError, match="at least two labels"):
+        CrossEntropy(output="z", target="t").init(jnp.ones((4, 2)), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))

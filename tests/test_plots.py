@@ -1,0 +1,232 @@
+"""The plots: what is drawn, from which keys, for few and many groups, with cells that the root cannot reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+import scdiffx as sd
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def ordered_cells(n_groups: int = 4, n_obs: int = 400) -> ad.AnnData:
+    """Cells along a line with their pseudotime, in groups that follow each other in reverse order of their names."""
+    rng = np.random.default_rng(0)
+    time = np.sort(rng.uniform(size=n_obs))
+    adata = ad.AnnData(np.zeros((n_obs, 3), np.float32))
+    adata.obs["dpt_pseudotime"] = time.astype(np.float32)
+    names = [f"group {n_groups - 1 - i:02d}" for i in np.floor(time * n_groups).astype(int)]
+    adata.obs["group"] = pd.Categorical(names)
+    adata.obsm["X_diffmap"] = np.column_stack([np.ones(n_obs), time, time**2, time**3])
+    adata.uns["iroot"] = 0
+    return adata
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())
+
+
+def inside(ax: plt.Axes) -> bool:
+    """Whether the axes with all labels lie within the figure and the tick labels of y do not overlap."""
+    ax.figure.canvas.draw()
+    all_drawn, frame = ax.get_tightbbox(), ax.figure.bbox
+    fits = all_drawn.x0 >= -1 and all_drawn.y0 >= -1 and all_drawn.x1 <= frame.x1 + 1 and all_drawn.y1 <= frame.y1 + 1
+    rows = sorted((t.get_window_extent() for t in ax.get_yticklabels() if t.get_text()), key=lambda b: b.y0)
+    return bool(fits) and all(lower.y1 <= upper.y0 + 1 for lower, upper in pairwise(rows))
+
+
+def test_pseudotime_draws_every_cell_in_its_color_and_marks_the_root() -> None:
+    adata = ordered_cells()
+    ax = sd.pl.pseudotime(adata, show=False)
+    cells, root = ax.collections
+    np.testing.assert_allclose(cells.get_offsets(), adata.obsm["X_diffmap"][:, 1:3], rtol=1e-6)
+    np.testing.assert_allclose(cells.get_array(), adata.obs["dpt_pseudotime"], rtol=1e-6)
+    np.testing.assert_allclose(root.get_offsets()[0], adata.obsm["X_diffmap"][0, 1:3], rtol=1e-6)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("DC2", "DC3")
+    assert cells.get_cmap().name == "viridis"
+    assert ax.figure.axes[1].get_ylabel() == "dpt_pseudotime"
+    assert pixels(ax.figure)[..., :3].std() > 10
+
+
+def test_pseudotime_prefers_umap_and_takes_a_basis_by_either_name() -> None:
+    adata = ordered_cells()
+    adata.obsm["X_umap"] = np.random.default_rng(1).normal(size=(adata.n_obs, 2))
+    adata.obsm["X_pca"] = np.random.default_rng(2).normal(size=(adata.n_obs, 5))
+    assert sd.pl.pseudotime(adata, show=False).get_xlabel() == "UMAP1"
+    for basis in ("pca", "X_pca"):
+        ax = sd.pl.pseudotime(adata, basis=basis, show=False)
+        np.testing.assert_allclose(ax.collections[0].get_offsets(), adata.obsm["X_pca"][:, :2])
+        assert ax.get_ylabel() == "PC2"
+
+
+def test_cells_without_finite_pseudotime_are_grey_and_counted() -> None:
+    adata = ordered_cells()
+    adata.obs["dpt_pseudotime"] = adata.obs["dpt_pseudotime"].to_numpy(copy=True)
+    adata.obs.iloc[-30:, adata.obs.columns.get_loc("dpt_pseudotime")] = np.inf
+    adata.obs.iloc[100:103, adata.obs.columns.get_loc("dpt_pseudotime")] = np.nan
+    ax = sd.pl.pseudotime(adata, show=False)
+    absent, cells, _ = ax.collections
+    assert len(absent.get_offsets()) == 33
+    red, green, blue, _ = absent.get_facecolor()[0]
+    assert red == green == blue
+    assert len(cells.get_offsets()) == adata.n_obs - 33
+    assert np.isfinite(cells.get_clim()).all()
+    assert "30 unreachable, 3 missing" in [t.get_text() for t in ax.get_legend().get_texts()]
+
+
+def test_no_cell_with_finite_pseudotime_still_draws() -> None:
+    adata = ordered_cells()
+    adata.obs["dpt_pseudotime"] = np.inf
+    assert len(sd.pl.pseudotime(adata, show=False).collections[0].get_offsets()) == adata.n_obs
+    labels = [t.get_text() for t in sd.pl.pseudotime(adata, groupby="group", show=False).texts]
+    assert len(labels) == 4
+    assert all("unreachable" in label for label in labels)
+
+
+@pytest.mark.parametrize("n_groups", [2, 12, 40])
+def test_groups_are_sorted_by_median_and_legible(n_groups: int) -> None:
+    adata = ordered_cells(n_groups)
+    ax = sd.pl.pseudotime(adata, groupby="group", show=False)
+    sizes = adata.obs["group"].value_counts()
+    expected = [f"{name} ({sizes[name]})" for name in sorted(sizes.index, reverse=True)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == expected
+    assert ax.yaxis_inverted()
+    assert len(ax.patches) == n_groups
+    assert inside(ax)
+
+
+def test_long_names_are_not_cut() -> None:
+    adata = ordered_cells(3)
+    adata.obs["group"] = adata.obs["group"].cat.rename_categories(
+        lambda name: f"CD4+/CD45RA+/CD25- naive T cell, {name}"
+    )
+    assert inside(sd.pl.pseudotime(adata, groupby="group", show=False))
+
+
+def test_unreachable_cells_of_a_group_are_counted_and_whole_groups_stand_last() -> None:
+    adata = ordered_cells(4)
+    time = adata.obs["dpt_pseudotime"].to_numpy(copy=True)
+    time[(adata.obs["group"] == "group 03").to_numpy()] = np.inf  # the earliest
+    time[-5:] = np.inf  # of the latest
+    adata.obs["dpt_pseudotime"] = time
+    ax = sd.pl.pseudotime(adata, groupby="group", show=False)
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels[-1].startswith("group 03")
+    assert labels[2].startswith("group 00")
+    assert "5 unreachable" in labels[2]
+
+
+def test_groups_take_the_saved_colors() -> None:
+    adata = ordered_cells(3)
+    adata.uns["group_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
+    ax = sd.pl.pseudotime(adata, groupby="group", show=False)
+    np.testing.assert_allclose([p.get_facecolor()[:3] for p in ax.patches], [[0, 0, 1], [0, 1, 0], [1, 0, 0]])
+    adata.uns["group_colors"] = ["#ff0000"]  # left over from fewer groups
+    faces = [p.get_facecolor() for p in sd.pl.pseudotime(adata, groupby="group", show=False).patches]
+    assert len(set(faces)) == 1
+
+
+def test_given_axes_are_used_and_pyplot_is_left_alone() -> None:
+    adata = ordered_cells()
+    figure = Figure()
+    ax = figure.subplots()
+    assert sd.pl.pseudotime(adata, ax=ax) is ax
+    assert sd.pl.fit(fitted(), ax=figure.add_subplot()) in figure.axes
+    assert plt.get_fignums() == []
+    before = dict(plt.rcParams)
+    sd.pl.pseudotime(adata, show=False)
+    assert dict(plt.rcParams) == before
+
+
+@pytest.fixture
+def autoshow() -> Iterator[Callable[[bool], None]]:
+    """Set scanpy's `autoshow`; it is put back afterwards."""
+    import scanpy
+
+    before = scanpy.settings.autoshow
+
+    def choose(value: bool) -> None:
+        scanpy.settings.autoshow = value
+
+    yield choose
+    choose(before)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_show_follows_scanpy(value: bool, autoshow: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
+    autoshow(value)
+    sd.pl.pseudotime(ordered_cells())
+    assert len(shown) == value
+    sd.pl.pseudotime(ordered_cells(), show=not value)
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"key": "palantir"}, r"key='palantir' is not in `adata.obs`. Available: \['dpt_pseudotime', 'group'\]"),
+        ({"groupby": "leiden"}, r"groupby='leiden' is not in `adata.obs`. Available: \['dpt_pseudotime', 'group'\]"),
+        ({"basis": "tsne"}, r"basis='tsne' is not in `adata.obsm`. Available: \['X_diffmap'\]"),
+    ],
+)
+def test_missing_keys_are_named(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(KeyError, match=message):
+        sd.pl.pseudotime(ordered_cells(), show=False, **arguments)
+    assert plt.get_fignums() == []
+
+
+def test_columns_that_cannot_be_drawn_are_refused() -> None:
+    adata = ordered_cells()
+    with pytest.raises(TypeError, match="key='group'"):
+        sd.pl.pseudotime(adata, key="group", show=False)
+    adata.obsm["X_diffmap"] = adata.obsm["X_diffmap"][:, :2]
+    with pytest.raises(ValueError, match="basis='X_diffmap'"):
+        sd.pl.pseudotime(adata, basis="X_diffmap", show=False)
+
+
+def fitted(*, holdout: bool = True, adopted: bool = True) -> SimpleNamespace:
+    """What a fit reports: training falls all the way, held-out cells are best at step 30."""
+    steps = np.arange(100)
+    history = {"step": steps.tolist(), "train": (1 - steps / 200).tolist()}
+    losses = {"train_before": 1.0, "train_after": 0.85}
+    if holdout:
+        history["holdout"] = (1.1 - 0.2 + (steps - 30) ** 2 / 4500).tolist()
+        losses |= {"holdout_before": 1.1, "holdout_after": 0.9}
+    return SimpleNamespace(history=history, losses=losses, adopted=adopted)
+
+
+def test_fit_draws_both_curves_the_defaults_and_the_chosen_step() -> None:
+    result = fitted()
+    ax = sd.pl.fit(result, show=False)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["training cells"].get_ydata().tolist() == result.history["train"]
+    assert lines["held-out cells"].get_ydata().tolist() == result.history["holdout"]
+    assert set(lines["defaults, held-out cells"].get_ydata()) == {1.1}
+    assert lines["defaults, training cells"].get_linestyle() == "--"
+    np.testing.assert_allclose(lines["chosen: step 30"].get_xydata(), [[30, 0.9]], rtol=1e-12)
+    assert ax.get_title() == "fitted parameters adopted\nloss of the held-out cells: 1.1 before, 0.9 after"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss")
+    assert inside(ax)
+
+
+def test_fit_without_holdout_chooses_on_the_training_cells() -> None:
+    ax = sd.pl.fit(fitted(holdout=False, adopted=False), show=False)
+    labels = [line.get_label() for line in ax.lines]
+    assert labels == ["training cells", "defaults, training cells", "chosen: step 99"]
+    assert ax.get_title().startswith("defaults kept\nloss of the training cells")

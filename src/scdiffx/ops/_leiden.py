@@ -70,6 +70,8 @@ def _partition(graph: Graph, op: Leiden) -> tuple[np.ndarray, float]:
     import igraph
 
     adjacency = graph.to_scipy().tocoo()
+    if not adjacency.data.any():  # modularity is 0/0: igraph 0.11 would search forever
+        return np.arange(adjacency.shape[0]), float("nan")
     g: Any = igraph.Graph(n=adjacency.shape[0], edges=np.column_stack([adjacency.row, adjacency.col]), directed=False)
     weights = adjacency.data.astype(np.float64).tolist() if op.use_weights else None
     igraph.set_random_number_generator(_Generator(op.seed))

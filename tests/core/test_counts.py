@@ -12,9 +12,10 @@ from helpers import largest_array
 from scdiffx._core import counts as C
 
 
-@pytest.fixture(scope="module")
-def matrix() -> sp.csr_matrix:
-    return sp.random(2500, 300, 0.1, format="csr", random_state=0, dtype=np.float64)
+@pytest.fixture(scope="module", params=[0.05, 0.3])
+def matrix(request) -> sp.csr_matrix:
+    """Sums go two ways: by scatter, and over dense blocks where many places hold values."""
+    return sp.random(2500, 300, request.param, format="csr", random_state=0, dtype=np.float64)
 
 
 @pytest.fixture(params=["sparse", "dense"])
@@ -51,8 +52,9 @@ def test_values_come_back_in_csr_order(matrix, x64):
     np.testing.assert_array_equal(C.Counts.from_scipy(matrix).host_values(matrix.indptr), matrix.data)
 
 
-def test_derivatives_in_the_values_meet_finite_differences(x64):
-    small = sp.random(60, 20, 0.3, format="csr", random_state=0)
+@pytest.mark.parametrize("density", [0.1, 0.3])
+def test_derivatives_in_the_values_meet_finite_differences(density, x64):
+    small = sp.random(60, 20, density, format="csr", random_state=0)
     x = C.Counts.from_scipy(small)
     real = np.asarray(x.row) < x.block_rows
 

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 BLOCK_ROWS = 1024
+_ALIGNMENT = 64
 C = TypeVar("C")
 
 
@@ -82,9 +83,8 @@ class Counts:
         starts = csr.indptr[np.minimum(np.arange(0, n + rows, rows), n)]
         longest = _bucket(int(np.diff(starts).max(initial=1)))
         blocks = len(starts) - 1
-        dtype = np.dtype(dtype or csr.dtype)
-        data = np.zeros((blocks, longest), dtype)
-        position = np.full((blocks, longest), rows * genes, np.int32)
+        data = _aligned((blocks, longest), np.dtype(dtype or csr.dtype), 0)
+        position = _aligned((blocks, longest), np.dtype(np.int32), rows * genes)
         degree = np.diff(csr.indptr)
         offset = ((np.arange(n) % rows) * genes).astype(np.int32)
         for b in range(blocks):
@@ -92,7 +92,8 @@ class Counts:
             data[b, : hi - lo] = csr.data[lo:hi]
             cells = slice(b * rows, (b + 1) * rows)
             position[b, : hi - lo] = np.repeat(offset[cells], degree[cells]) + csr.indices[lo:hi]
-        return cls(jnp.asarray(data), jnp.asarray(position), (n, genes), rows)
+        # Nobody else holds these arrays, so the device may take them as they are.
+        return cls(*(jax.device_put(a, may_alias=True) for a in (data, position)), (n, genes), rows)
 
     def host_values(self, indptr: np.ndarray) -> np.ndarray:
         """The values in CSR order, given the row pointers of the matrix this was made from."""
@@ -102,6 +103,16 @@ class Counts:
 
 
 Matrix = Counts | Array
+
+
+def _aligned(shape: tuple[int, int], dtype: np.dtype, fill: int) -> np.ndarray:
+    """A host array that starts where JAX on a CPU wants it to, which saves a copy."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    array.fill(fill)
+    return array
 
 
 def _bucket(length: int) -> int:
@@ -172,9 +183,16 @@ def map_values(x: Matrix, f: Callable[[Array], Array]) -> Matrix:
     return x.with_data(f(x.data)) if isinstance(x, Counts) else f(x)
 
 
+def _crowded(x: Counts) -> bool:
+    """Whether so many places hold values that sums over dense blocks beat a scatter (about 8 times, per value)."""
+    return x.data.shape[1] * 8 >= x.block_rows * x.shape[1]
+
+
 def row_sums(x: Matrix) -> Float[Array, " cells"]:
     if not isinstance(x, Counts):
         return x.sum(1)
+    if _crowded(x):
+        return map_rows(x, lambda block: block.sum(1))
     sums = jax.vmap(lambda d, r: jnp.zeros(x.block_rows, d.dtype).at[r].add(d, mode="drop", indices_are_sorted=True))
     return sums(x.data, x.row).reshape(-1)[: n_rows(x)]
 
@@ -182,8 +200,10 @@ def row_sums(x: Matrix) -> Float[Array, " cells"]:
 def scale_rows(x: Matrix, factor: Float[Array, " cells"]) -> Matrix:
     if not isinstance(x, Counts):
         return x * factor[:, None]
-    padded = jnp.pad(factor, (0, x.data.shape[0] * x.block_rows - n_rows(x))).reshape(-1, x.block_rows)
-    per_value = jax.vmap(lambda f, r: f.at[r].get(mode="fill", fill_value=0))(padded, x.row)
+    blocks, rows = x.data.shape[0], x.block_rows
+    padded = jnp.pad(factor, (0, blocks * rows - n_rows(x))).reshape(blocks, rows)
+    padded = jnp.pad(padded, ((0, 0), (0, 1)))  # the row of pads
+    per_value = jax.vmap(lambda f, r: f.at[r].get(mode="promise_in_bounds", indices_are_sorted=True))(padded, x.row)
     return x.with_data(x.data * per_value)
 
 
@@ -213,6 +233,9 @@ def column_sums(x: Matrix, f: Callable[[Array], Array] = lambda v: v) -> Float[A
     if not isinstance(x, Counts):
         return f(x).sum(0)
     # Block by block: a partial sum over a thousand cells keeps float32 exact enough before blocks are added.
+    if _crowded(x):
+        zero = jnp.zeros(x.shape[1], x.dtype)
+        return fold_rows(x.with_data(f(x.data)), lambda total, block, _: total + block.sum(0), zero)
     sums = jax.vmap(lambda d, c: jnp.zeros(x.shape[1], d.dtype).at[c].add(d))
     return sums(f(x.data), x.column).sum(0)
 

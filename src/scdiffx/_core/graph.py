@@ -212,26 +212,19 @@ columns_to_slots.defvjp(
 )
 
 
-def _panels(x: Array, width: int) -> Array:
-    """(rows, w) as (panels, rows, width), padded with zeros."""
-    rows, w = x.shape
-    return jnp.pad(x, ((0, 0), (0, -w % width))).reshape(rows, -1, width).transpose(1, 0, 2)
-
-
 def _gathered_sum(p: Pattern, values: Array, v: Array) -> Array:
-    # Unrolled over a panel so that XLA fuses gathers, products and sum into one pass over the output; a loop over
-    # panels, since compile time grows with what is unrolled.
-    def add_panel(total: Array, panel: tuple[Array, Array]) -> tuple[Array, None]:
-        index, weight = panel
-        for j in range(_PANEL):
-            total = total + weight[:, j, None] * _in_bounds(v, index[:, j])
-        return total, None
+    v, index, values = jnp.asarray(v), jnp.asarray(p.indices), jnp.asarray(values)
 
-    v = jnp.asarray(v)
-    panels = (_panels(jnp.asarray(p.indices), _PANEL), _panels(jnp.asarray(values), _PANEL))
-    zero = jnp.zeros((p.indices.shape[0], v.shape[1]), jnp.result_type(values, v))
-    total = jax.lax.scan(add_panel, zero, panels)[0]
-    return total[: p.n_cells].at[p.owner].add(total[p.n_cells :], mode="drop")
+    # Unrolled so that XLA fuses gathers, products and sum into one pass over the output. The overflow rows are summed
+    # apart: a slice of one common sum would end the fusion and cost four times as much.
+    def sum_of_slots(rows: slice) -> Array:
+        total = jnp.zeros((), jnp.result_type(values, v))
+        for j in range(index.shape[1]):
+            total = total + values[rows, j, None] * _in_bounds(v, index[rows, j])
+        return total
+
+    n = p.n_cells
+    return sum_of_slots(slice(n)).at[p.owner].add(sum_of_slots(slice(n, None)), mode="drop")
 
 
 @jax.custom_vjp

@@ -171,11 +171,10 @@ def _check_requirements(report: Report) -> None:
 def _check_pynndescent(report: Report) -> None:
     scanpy, search = version_of("scanpy"), version_of("pynndescent")
     if scanpy and search and satisfies(scanpy, ">=1.12") and satisfies(search, ">=0.7"):
-        problem = (
-            f"scanpy {scanpy} with pynndescent {search}: scanpy's own `sc.pp.neighbors` fails above about 8,000 cells "
-            "(`sd.pp.neighbors` works)"
+        report.notes.append(
+            f"scanpy {scanpy} with pynndescent {search}: scanpy's own `sc.pp.neighbors` fails above about 8,000 cells; "
+            "`sd.pp.neighbors` works (to mend scanpy's: pip install 'pynndescent<0.7')"
         )
-        report.problems.append((problem, "pip install 'pynndescent<0.7'"))
 
 
 def plugins() -> list[str]:

@@ -28,9 +28,9 @@ def pseudotime(
 ) -> AnnData | None:
     """Order cells by diffusion pseudotime, their distance from a root cell along the graph.
 
-    The same numbers as ``sc.tl.diffmap`` followed by ``sc.tl.dpt``, in float64. Diffusion components are always
-    those of the present graph; for many cells, components that are already there are the starting point. Also available
-    as ``sd.tl.dpt``.
+    The same numbers as ``sc.tl.diffmap`` followed by ``sc.tl.dpt``, in float64. Diffusion components are computed anew
+    from the present graph; from 20,000 cells on the search for them starts at those that are already there, and is over
+    at once where these are its eigenvectors. Also available as ``sd.tl.dpt``.
 
     Parameters
     ----------

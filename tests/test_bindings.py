@@ -80,6 +80,27 @@ def leiden_keys(key: str) -> dict[str, str]:
     }
 
 
+def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
+    weights = "encoder_in encoder_gain encoder_bias encoder_out encoder_out_bias decoder_in decoder_batch decoder_out"
+    curves = ("train", "validation", "validation_nll")
+    return {
+        f"obsm/{latent}": "float32",
+        **{f"uns/{entry}{part}": "mapping" for part in ("", "/params", "/net", "/history")},
+        **{f"uns/{entry}/net/{name}": "float32" for name in [*weights.split(), "gene_bias", "log_theta"]},
+        **{f"uns/{entry}/history/{name}": "float64" for name in curves},
+        **{f"uns/{entry}/{name}": "float" for name in curves[1:]},
+    }
+
+
+def magic_keys(key: str, layer: bool = True) -> dict[str, str]:
+    return {
+        **({f"layers/{key}": "float32"} if layer else {}),
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/t": "float",
+    }
+
+
 DIFFMAP = {"obsm/X_diffmap": "float32", "uns/diffmap_evals": "float32"}
 
 CASES = [
@@ -176,6 +197,43 @@ CASES = [
         "log",
         graph_keys("neighbors", distances="float32"),
         {"n_neighbors": 9, "use_rep": "X", "metric": "cosine", "method": "gauss"},
+        matrix=True,
+    ),
+    Case(
+        "vae",
+        "pp.vae",
+        "counts",
+        vae_keys() | {"layers/vae_normalized": "float32"},
+        {"genes": "all", "max_epochs": 2, "batch_key": "batch", "progress": False},
+        keyed=vae_keys("mine", "mine") | {"layers/mine_normalized": "float32"},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "vae_genes",
+        "pp.vae",
+        "counts",
+        vae_keys() | {"obsm/X_vae_normalized": "float32"},
+        {"genes": ["HES4", "TNFRSF4"], "max_epochs": 1, "n_latent": 3, "progress": False},
+        keyed=vae_keys("mine", "mine") | {"obsm/X_mine_normalized": "float32"},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "magic",
+        "pp.magic",
+        "reduced",
+        magic_keys("magic"),
+        {"t": 2},
+        keyed=magic_keys("mine"),
+        matrix=True,
+    ),
+    Case(
+        "magic_genes",
+        "pp.magic",
+        "graph",
+        {"obsm/X_magic": "float32", "uns/magic/genes": "object", **magic_keys("magic", layer=False)},
+        {"genes": ["PARK7", "HES4"], "neighbors_key": "neighbors"},
         matrix=True,
     ),
     Case("diffmap", "tl.diffmap", "graph", DIFFMAP, {"n_comps": 6}),
@@ -373,6 +431,22 @@ def test_every_matrix_format_gives_the_same(case: Case, form: str) -> None:
         assert found["X"].dtype == (given.dtype if given.dtype.kind == "f" else np.float32)
 
 
+@each(CASES)
+def test_what_is_written_can_be_changed(case: Case) -> None:
+    adata = result(case)
+    values = [adata.X, *adata.layers.values(), *adata.obsm.values(), *adata.varm.values(), *adata.obsp.values()]
+    values += [
+        value for key in case.writes if key.startswith("uns/") and (value := at_path(adata.uns, key)) is not None
+    ]
+    for value in values:
+        for part in (value.data, value.indices, value.indptr) if sp.issparse(value) else (value,):
+            assert not isinstance(part, np.ndarray) or part.flags.writeable
+
+
+def at_path(uns: Any, path: str) -> Any:
+    return functools.reduce(lambda part, key: part[key], path.split("/")[1:], uns)
+
+
 @each([case for case in OF_MATRIX if "layer" in inspect.signature(function_named(case.function)).parameters])
 def test_layer(case: Case) -> None:
     plain, layered = source(case.source), source(case.source)
@@ -462,6 +536,9 @@ def test_one_cell_is_refused_or_has_a_finite_result(case: Case) -> None:
     elif case.function == "tl.leiden":
         call(case, adata)
         assert list(adata.obs["leiden"]) == ["0"]
+    elif case.name == "magic_genes":
+        call(case, adata)
+        assert np.isfinite(adata.obsm["X_magic"]).all()
     else:
         adata.uns["iroot"] = 0
         assert_refuses(case, adata, ValueError, **({"root": 0} if "root" in case.kwargs else {}))
@@ -560,6 +637,16 @@ REFUSED = [
     ("neighbors", {"metric": "best"}, ValueError, r"metric='best'.*'cosine'"),
     ("neighbors", {"use_rep": "X_absent"}, KeyError, r"'X_absent'.*'X_pca'"),
     ("neighbors", {"n_pcs": 10}, ValueError, "10 dimensions.*9"),
+    ("vae", {"likelihood": "poisson"}, ValueError, r"likelihood='poisson'.*'zinb'"),
+    ("vae", {"dispersion": "cell"}, ValueError, r"dispersion='cell'.*'gene-batch'"),
+    ("vae", {"batch_key": "absent"}, KeyError, r"'absent'.*'batch'"),
+    ("vae", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
+    ("vae", {"genes": ["absent"]}, KeyError, "'absent'"),
+    ("vae", {"genes": "some"}, ValueError, "genes='some'"),
+    ("vae", {"n_latent": 0}, ValueError, "n_latent=0"),
+    ("vae", {"max_epochs": 0}, ValueError, "max_epochs=0"),
+    ("vae", {"patience": 0}, ValueError, "patience=0"),
+    ("vae", {"library_size": 0}, ValueError, "library_size=0"),
     ("diffmap", {"n_comps": 2}, ValueError, "n_comps=2"),
     ("pseudotime", {"root": None}, ValueError, "iroot"),
     ("pseudotime", {"root": CELLS}, ValueError, f"root={CELLS}"),
@@ -575,6 +662,7 @@ def test_impossible_settings_are_refused(name: str, kwargs: Any, error: type[Exc
     case = next(case for case in CASES if case.name == name)
     adata = source(case.source)
     adata.obs["index"] = np.arange(CELLS)
+    adata.obs["partial"] = np.where(np.arange(CELLS) == 3, np.nan, 1)
     assert_refuses(case, adata, error, match, **kwargs)
 
 

@@ -91,7 +91,7 @@ def test_chain_derivative_matches_finite_differences(counts: sp.csr_matrix, anch
     chain = Chain.prepared(x, anchored, method)
     parameters = chain.parameters()
     expected = {"normalize.target_sum", "variable.temperature", "variable.shift", "neighbors.bandwidth"}
-    assert set(parameters) == expected | ({"pca.shift"} if anchored else set())
+    assert set(parameters) == expected | ({"pca.shift", "pca.scale"} if anchored else set())
     by_parameter, by_count = value_and_grad(parameters, x, chain)[1]
     (step,) = allowed_direction(x)
     trials = {"counts": (lambda v: (parameters, x.with_data(v)), x.data, step, by_count.data)}

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from helpers import (
     QUICK,
@@ -24,6 +25,7 @@ from helpers import (
     float_leaves,
     largest_array,
     pbmc_counts,
+    random_direction,
     temp_megabytes,
     tree_vdot,
 )
@@ -44,6 +46,7 @@ class Data(NamedTuple):
     coordinates: jax.Array
     graph: ops.Graph
     root: jax.Array
+    batch: jax.Array
 
 
 class Case(NamedTuple):
@@ -126,7 +129,7 @@ CASES = [
         lambda d: (d.log, d.gene_weights),
         tuple,
         budget=1_800,
-        learns=("shift",),
+        learns=("shift", "scale"),
     ),
     *(
         Case(
@@ -142,6 +145,42 @@ CASES = [
             ("gauss", {"n_neighbors": 15, "method": "gauss"}),
             ("cosine", {"n_neighbors": 10, "metric": "cosine"}),
         )
+    ),
+    *(
+        Case(
+            f"vae_{name}",
+            functools.partial(
+                ops.VAE,
+                columns=np.arange(0, GENES, 3),
+                n_latent=4,
+                n_hidden=16,
+                training=ops.Training(max_epochs=2, batch_size=64),
+                **settings,
+            ),
+            lambda d: (d.counts, d.batch),
+            tuple,
+            budget=1_800,
+            learns=("net",),
+            # Which cells share a minibatch depends on their order.
+            equivariant=False,
+        )
+        for name, settings in (("nb", {}), ("zinb", {"likelihood": "zinb", "dispersion": "gene-batch"}))
+    ),
+    Case(
+        "magic",
+        lambda: ops.Magic(t=2.3, n_steps=4),
+        lambda d: (d.coordinates, d.coordinates),
+        lambda r: (r.imputed, r.t),
+        budget=150,
+        learns=("t", "bandwidth", "decay", "self_weight", "filter"),
+    ),
+    Case(
+        "magic_on_graph",
+        lambda: ops.Magic(t=2.3),
+        lambda d: (d.coordinates, d.graph),
+        lambda r: r.imputed,
+        budget=150,
+        learns=("t", "self_weight", "filter"),
     ),
     Case(
         "diffusion_map",
@@ -196,6 +235,7 @@ def data(cells: np.ndarray) -> Data:
         z,
         near.init(z)(z).connectivities,
         jnp.argmax(jnp.asarray(cells == 7)),
+        jnp.asarray(cells % 2, jnp.int32),
     )
 
 
@@ -228,7 +268,8 @@ def compiled(name: str) -> Callable[..., list[Any]]:
 
 
 def parameters(op: Any) -> dict[str, Any]:
-    return {name: jnp.asarray(getattr(op, name)) for name in learnables(op)}
+    """The learnables by name; that of a neural operator is a pytree."""
+    return {name: jax.tree.map(jnp.asarray, getattr(op, name)) for name in learnables(op)}
 
 
 def uneven(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -270,13 +311,13 @@ def test_derivatives_match_finite_differences(case: Case) -> None:
             by_input[i],
         )
     for name, value in params.items():
-        step = jnp.asarray(np.random.default_rng(1).standard_normal(value.shape))
+        step = jax.tree.map(jnp.asarray, random_direction(value, seed=1))
         trials[name] = (lambda v, name=name: both(params | {name: v}, floats, op, args)[0], value, step, by_param[name])
     for what, (function, at, step, gradient) in trials.items():
-        assert bool(jnp.isfinite(gradient).all()), what
+        assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient)), what
         exact = tree_vdot(gradient, step)
         assert exact != 0, f"{what}: no derivative arrives"
-        size = float(jnp.sqrt(jnp.mean(at**2))) or 1.0
+        size = float(jnp.sqrt(jnp.mean(ravel_pytree(at)[0] ** 2))) or 1.0
         numeric = directional_fd(function, at, step, steps=(1e-6 * size, 1e-7 * size))
         np.testing.assert_allclose(numeric, exact, rtol=1e-5, err_msg=what)
 
@@ -287,10 +328,10 @@ def test_every_learnable_changes_the_output(case: Case) -> None:
     op, args = ready(case.name)
     before = compiled(case.name)(op, args)
     for name, constraint in learnables(op).items():
-        value = jnp.asarray(getattr(op, name))
-        step = jnp.asarray(np.random.default_rng(2).standard_normal(value.shape))
-        moved = constraint.from_real(constraint.to_real(value) + 0.3 * step)
-        assert bool(constraint.accepts(moved).all())
+        value = jax.tree.map(jnp.asarray, getattr(op, name))
+        step = random_direction(value, seed=2)
+        moved = jax.tree.map(lambda v, d, c=constraint: c.from_real(c.to_real(v) + 0.3 * d), value, step)
+        assert all(bool(constraint.accepts(v).all()) for v in jax.tree.leaves(moved))
         after = compiled(case.name)(replace(op, **{name: moved}), args)
         assert max(float(jnp.abs(a - b).max()) for a, b in zip(before, after, strict=True)) > 1e-3, name
 

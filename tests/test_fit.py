@@ -229,4 +229,4 @@ def test_gradient_flow_names_dead_parameters(data):
     assert all(size > 0 for size in flow.steps.values())
     # The loss stops at the weights: nothing behind them can be reached.
     dead = sd.metrics.gradient_flow(plan, sd.losses.l1("gene_weight")).dead
-    assert set(dead) == {"pca.shift", "neighbors.bandwidth"}
+    assert set(dead) == {"pca.shift", "pca.scale", "neighbors.bandwidth"}

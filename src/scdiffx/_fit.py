@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,22 +97,31 @@ class Fitted:
         names = iter([step.name for step in target.steps])
 
         def prepare(op: Any, args: tuple[Any, ...], key: Any) -> Any:
-            return self._filled(next(names), initialised(op, args, key))
+            name = next(names)
+            return self._filled(name, initialised(self._with_networks(name, op), args, key))
 
         return target.apply(prepare=prepare, copy=copy)
+
+    def _with_networks(self, name: str, op: Any) -> Any:
+        """The operator with its fitted networks, so that `init` does not train others first."""
+        changes = {}
+        for f in fields_of_kind(op, "learnable"):
+            start = f"{name}.{f.name}['"
+            net = {key[len(start) : -2]: jnp.asarray(v) for key, v in self.params.items() if key.startswith(start)}
+            if net and getattr(op, f.name) is None:
+                changes[f.name] = net
+        return replace(op, **changes)
 
     def _filled(self, name: str, op: Any) -> Any:
         """The operator with the fitted parameters and the statistics of the fit."""
         changes: dict[str, Any] = {}
-        for f in learnables(op):
-            if f"{name}.{f}" in self.params:
-                changes[f] = jnp.asarray(self.params[f"{name}.{f}"])
-        for f in _kept(op):
-            flat, tree = jax.tree_util.tree_flatten_with_path(getattr(op, f))
-            keys = [f"{name}.{f}{jax.tree_util.keystr(path)}" for path, _ in flat]
-            if all(key in self.buffers for key in keys) and keys:
-                leaves = [_like(self.buffers[key], old, key) for key, (_, old) in zip(keys, flat, strict=True)]
-                changes[f] = jax.tree_util.tree_unflatten(tree, leaves)
+        for stored, fields in ((self.params, learnables(op)), (self.buffers, _kept(op))):
+            for f in fields:
+                flat, tree = jax.tree_util.tree_flatten_with_path(getattr(op, f))
+                keys = [f"{name}.{f}{jax.tree_util.keystr(path)}" for path, _ in flat]
+                if all(key in stored for key in keys) and keys:
+                    leaves = [_like(stored[key], old, key) for key, (_, old) in zip(keys, flat, strict=True)]
+                    changes[f] = jax.tree_util.tree_unflatten(tree, leaves)
         return replace(op, **changes)
 
     def save(self, path: str | Path) -> None:
@@ -274,7 +283,7 @@ class Run:
         self.held = None if held is None else jnp.asarray(held)
         self.train = jnp.ones(n, bool) if held is None else ~jnp.asarray(held)
         self.slots = [program.plan.slot(term.output) for _, term in loss.terms]
-        self.targets = [program.target(term.target) for _, term in loss.terms]
+        self.targets = [program.target(term) for _, term in loss.terms]
         self.weights = [weight for weight, _ in loss.terms]
         self.terms = self._initialised_terms([term for _, term in loss.terms])
         self.start: dict[str, Any] = {"plan": program.start(), "loss": [self._readout(t) for t in self.terms]}
@@ -380,14 +389,18 @@ def _apply_updates(optimizer: Any, grads: Any, state: Any, params: Any) -> tuple
 
 
 def _flat_params(plan: Plan, ops: list[Any]) -> dict[str, np.ndarray]:
-    steps = zip(plan.steps, ops, strict=True)
-    return {f"{step.name}.{name}": np.asarray(getattr(op, name)) for step, op in steps for name in learnables(op)}
+    return _flat(plan, ops, learnables)
 
 
 def _flat_buffers(plan: Plan, ops: list[Any]) -> dict[str, np.ndarray]:
+    return _flat(plan, ops, _kept)
+
+
+def _flat(plan: Plan, ops: list[Any], names: Callable[[Any], Iterable[str]]) -> dict[str, np.ndarray]:
+    """Arrays by "step.field"; those of a network or another pytree by "step.field['name']"."""
     flat = {}
     for step, op in zip(plan.steps, ops, strict=True):
-        for name in _kept(op):
+        for name in names(op):
             for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(op, name))[0]:
                 flat[f"{step.name}.{name}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
     return flat

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.fields import fields_of_kind, learnables, replace
-from scdiffx._slots import Leading, Obs, Slot
+from scdiffx._slots import Obs, Part, Slot, X
 from scdiffx._steps import Plan, Step, _cast, restructured
 
 __all__ = ["Program", "parameter_names", "select"]
@@ -116,14 +116,17 @@ class Program:
                 return step.name
         return "the derivative of a later step or the loss"
 
-    def target(self, name: str | None) -> Any:
-        """A column of obs as floats, or as codes with -1 for missing."""
+    def target(self, term: Any) -> Any:
+        """What a term of a loss compares with: a matrix of counts, or a column of obs (as codes, -1 for missing)."""
+        name, adata = term.target, self.plan.adata
+        if getattr(term, "of_matrix", False):
+            return _cast(X(name, counts=True).read(adata), jnp.float32)
         if name is None:
             return None
         slot = Obs(name)
-        if not slot.exists(self.plan.adata):
-            raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(self.plan.adata.obs)[:20]}")
-        return slot.read(self.plan.adata)
+        if not slot.exists(adata):
+            raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(adata.obs)[:20]}")
+        return slot.read(adata)
 
 
 def _is_float(x: Any) -> bool:
@@ -141,11 +144,11 @@ def read_value(slot: Slot | None, values: Mapping[Slot, Any]) -> Any:
     """The value of a slot among those of a program."""
     if slot is None:
         return None
-    return slot.take(read_value(slot.of, values)) if isinstance(slot, Leading) else values[slot]
+    return slot.take(read_value(slot.of, values)) if isinstance(slot, Part) else values[slot]
 
 
 def _sources(step: Step) -> list[Slot]:
-    return [slot.of if isinstance(slot, Leading) else slot for slot in step.reads if slot is not None]
+    return [slot.of if isinstance(slot, Part) else slot for slot in step.reads if slot is not None]
 
 
 def _active(plan: Plan, learned: Iterable[str]) -> list[int]:

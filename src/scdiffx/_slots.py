@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from scdiffx._core.counts import Counts
+from scdiffx._core.counts import Counts, map_rows, take_columns
 from scdiffx._core.graph import Graph
 from scdiffx._log import warn
 
 __all__ = [
     "Connectivities",
     "Distances",
+    "Genes",
     "Given",
     "Leading",
     "Obs",
     "Obsm",
+    "Part",
     "Slot",
     "Uns",
     "Var",
@@ -31,6 +33,7 @@ __all__ = [
     "available",
     "categories",
     "check_counts",
+    "genes_at",
     "is_anndata",
     "matrix_of",
     "preset",
@@ -347,26 +350,66 @@ class Given(_Ordered):
         return jnp.asarray(self.value, jnp.int32 if isinstance(self.value, int) else jnp.float32)
 
 
-@dataclass(frozen=True)
-class Leading(_Ordered):
-    """The first `n` columns of another slot; read-only."""
+class Part(_Ordered):
+    """A part of another slot, `of`; read-only."""
 
     of: Any
-    n: int
+
+    def take(self, value: Any) -> Any:
+        raise NotImplementedError
 
     def exists(self, adata: Any) -> bool:
         return bool(self.of.exists(adata))
+
+    def read(self, adata: Any) -> Any:
+        return self.take(self.of.read(adata))
+
+
+@dataclass(frozen=True)
+class Leading(Part):
+    """The first `n` columns of another slot."""
+
+    of: Any
+    n: int
 
     def take(self, value: Any) -> Any:
         if value.shape[1] < self.n:
             raise ValueError(f"{self.n} dimensions were asked for, but {self.of} has {value.shape[1]}")
         return value[:, : self.n]
 
+
+@dataclass(frozen=True)
+class Genes(Part):
+    """Some genes of a matrix as a dense array (cells, genes); the others are never made dense."""
+
+    of: Any
+    index: tuple[int, ...]
+
+    def take(self, value: Any) -> Any:
+        part = take_columns(value, jnp.asarray(self.index, jnp.int32))
+        return map_rows(part, lambda block: block) if isinstance(part, Counts) else part
+
     def read(self, adata: Any) -> Any:
-        return self.take(self.of.read(adata))
+        matrix = matrix_of(adata, self.of.layer)
+        check_finite(matrix, adata.obs_names, adata.var_names)
+        part = matrix[:, list(self.index)]
+        return jnp.asarray(_as_float(part.toarray() if sp.issparse(part) else part))
 
 
-Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Uns | Leading | Given
+def genes_at(adata: Any, names: list[str]) -> tuple[int, ...]:
+    """Positions of genes by name."""
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise ValueError(f"`adata` is empty: it has {adata.n_obs} cells and {adata.n_vars} genes")
+    index = adata.var_names.get_indexer_for(names) if adata.var_names.is_unique else None
+    if index is None:
+        raise ValueError("gene names are not unique; call `adata.var_names_make_unique()` first")
+    missing = [name for name, at in zip(names, index, strict=True) if at < 0]
+    if missing or not names:
+        raise KeyError(f"genes {missing} are not in `adata.var_names`. Available: {available(adata.var_names)}")
+    return tuple(int(at) for at in index)
+
+
+Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Uns | Part | Given
 
 
 def write_all(adata: Any, values: Mapping[Any, Any]) -> None:
@@ -375,4 +418,16 @@ def write_all(adata: Any, values: Mapping[Any, Any]) -> None:
         warn("Received a view of an AnnData. Making a copy.")
         adata._init_as_actual(adata.copy())
     for slot, value in values.items():
-        slot.write(adata, value)
+        slot.write(adata, _writable(value))
+
+
+def _writable(value: Any) -> Any:
+    """The value with arrays that the user may change: those that come from a device are read-only."""
+    if isinstance(value, np.ndarray):
+        return value if value.flags.writeable else value.copy()
+    if sp.issparse(value):
+        for name in ("data", "indices", "indptr"):
+            setattr(value, name, _writable(getattr(value, name)))
+    elif isinstance(value, dict):
+        return {key: _writable(part) for key, part in value.items()}
+    return value

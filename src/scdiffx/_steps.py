@@ -17,7 +17,7 @@ from scdiffx._core.fields import fields_of_kind, replace
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache
 from scdiffx._log import Timer
-from scdiffx._slots import Leading, Obs, Obsm, Slot, Var, available, is_anndata, write_all
+from scdiffx._slots import Obs, Obsm, Part, Slot, Var, X, available, is_anndata, write_all
 
 __all__ = [
     "Plan",
@@ -158,20 +158,22 @@ class Plan:
 
     def has(self, slot: Slot) -> bool:
         """Whether the slot can be read: written by a step, or present in the AnnData."""
-        if isinstance(slot, Leading):
+        if isinstance(slot, Part):
             return self.has(slot.of)
         return self.writes(slot) or slot.exists(self.adata)
 
     def slot(self, name: str) -> Slot:
-        """The slot that a name in a loss means: an output of the plan first, then a column of obs, then obsm."""
+        """The slot that a name in a loss means: an output of the plan first; obs, obsm and var before layers."""
         outputs = [w.slot for s in self.steps for w in s.writes]
-        for candidate in (Obs(name), Obsm(name), Var(name)):
+        places = (Obs(name), Obsm(name), Var(name), X(name))
+        for candidate in places:
             if candidate in outputs:
                 return candidate
-        for place in (Obs(name), Obsm(name), Var(name)):
+        for place in places:
             if place.exists(self.adata):
                 return place
-        names = sorted({getattr(s, "key", "") for s in outputs if isinstance(s, Obs | Obsm | Var)})
+        named = {getattr(s, "key", "") for s in outputs if isinstance(s, Obs | Obsm | Var)}
+        names = sorted(named | {s.layer for s in outputs if isinstance(s, X) and s.layer is not None})
         raise KeyError(
             f"{name!r} is neither an output of the plan {available(names)} nor a key of the AnnData; "
             f"obs: {available(self.adata.obs)}, obsm: {available(self.adata.obsm.keys())}"
@@ -202,7 +204,7 @@ class Plan:
     def _value(self, slot: Slot | None, inputs: dict[Slot, Any], values: dict[Slot, Any]) -> Any:
         if slot is None:
             return None
-        if isinstance(slot, Leading):
+        if isinstance(slot, Part):
             return slot.take(self._value(slot.of, inputs, values))
         if slot in values:
             return values[slot]

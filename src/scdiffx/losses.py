@@ -9,16 +9,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from scdiffx._core.counts import Counts as _Counts
+from scdiffx._core.counts import Matrix, row_sums, values_at
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 
-__all__ = ["Loss", "correlation", "cross_entropy", "l1", "time_order"]
+__all__ = ["Loss", "correlation", "cross_entropy", "l1", "molecular_cross_validation", "reconstruction", "time_order"]
 
 # Each cell is compared with this many others: enough for a stable order, linear in cells.
 _PARTNERS = 64
@@ -98,6 +100,48 @@ def l1(output: str) -> Loss:
         Key of a numeric output.
     """
     return Loss(((1.0, L1(output=output)),))
+
+
+def reconstruction(output: str, layer: str | None = None) -> Loss:
+    """Mean squared difference between a matrix that the plan computes and one of the AnnData.
+
+    Parameters
+    ----------
+    output
+        Name of a layer that the plan writes (cells, genes), such as "magic".
+    layer
+        Layer to compare with; default `X` as it is in the AnnData before the plan.
+    """
+    return Loss(((1.0, Reconstruction(output=output, target=layer)),))
+
+
+def molecular_cross_validation(output: str, layer: str, *, scale: str = "linear", background: float = 0.01) -> Loss:
+    """How well a denoised matrix predicts molecules that it has not seen (Batson et al. 2019).
+
+    The deviance of a Poisson model per held-out molecule: rows of the output are brought to the linear scale, cut at
+    0, made proportions, mixed with a share of the mean profile, and multiplied with the cell's held-out molecules. The
+    plan must read the other molecules only: :func:`scdiffx.pp.split_counts` splits them.
+
+    Parameters
+    ----------
+    output
+        Name of a layer that the plan writes (cells, genes), such as "magic".
+    layer
+        Layer with the counts held out.
+    scale
+        What the output is: "linear" (proportional to expression), "sqrt" or "log1p" of that.
+    background
+        Share of the mean profile, in (0, 1): without it one molecule of a gene predicted to be absent costs infinity.
+    """
+    if scale not in _SCALES:
+        raise ValueError(f"scale={scale!r} is not available. Available: {list(_SCALES)}")
+    if not 0 < background < 1:
+        raise ValueError(f"background={background!r} must lie between 0 and 1")
+    term = MolecularCrossValidation(output=output, target=layer, scale=scale, background=float(background))
+    return Loss(((1.0, term),))
+
+
+_SCALES = {"linear": lambda v: v, "sqrt": jnp.square, "log1p": jnp.expm1}
 
 
 def _masked_mean(x: Array, keep: Array) -> Array:
@@ -229,3 +273,66 @@ class L1:
 
     def __call__(self, value: Array, target: Any, keep: Any) -> Array:
         return jnp.abs(value).mean()
+
+
+def _same_shape(value: Array, target: Any, output: str) -> None:
+    if value.ndim != 2 or value.shape != tuple(target.shape):
+        raise ValueError(f"{output!r} has shape {value.shape}, its target {tuple(target.shape)}: they must be equal")
+
+
+@operator
+class Reconstruction:
+    """See :func:`reconstruction`."""
+
+    of_matrix: ClassVar[bool] = True
+    output: str = static()
+    target: str | None = static(default=None)
+
+    def __call__(self, value: Float[Array, "cells genes"], target: Matrix, keep: Bool[Array, " cells"]) -> Array:
+        _same_shape(value, target, self.output)
+        if isinstance(target, _Counts):
+            there = values_at(target, value)
+            errors = (value**2).sum(1) + row_sums(target.with_data((there - target.data) ** 2 - there**2))
+        else:
+            errors = ((value - target) ** 2).sum(1)
+        return _masked_mean(errors / value.shape[1], keep)
+
+
+@operator
+class MolecularCrossValidation:
+    """See :func:`molecular_cross_validation`."""
+
+    of_matrix: ClassVar[bool] = True
+    output: str = static()
+    target: str | None = static(default=None)
+    scale: str = static(default="linear")
+    background: float = static(default=0.01)
+
+    def __call__(self, value: Float[Array, "cells genes"], target: Matrix, keep: Bool[Array, " cells"]) -> Array:
+        _same_shape(value, target, self.output)
+        share = proportions(value, keep, self.scale, self.background)
+        size = row_sums(target)
+        if isinstance(target, _Counts):
+            log_share = jnp.where(target.data > 0, jnp.log(jnp.maximum(values_at(target, share), _TINY)), 0)
+            explained = row_sums(target.with_data(target.data * log_share))
+            own = row_sums(target.with_data(jax.scipy.special.xlogy(target.data, target.data)))
+        else:
+            explained = jax.scipy.special.xlogy(target, share).sum(1)
+            own = jax.scipy.special.xlogy(target, target).sum(1)
+        # Expected and observed totals of a cell are equal, so they cancel in the deviance.
+        deviance = 2 * (own - explained - jax.scipy.special.xlogy(size, size))
+        return jnp.where(keep, deviance, 0).sum() / jnp.maximum(jnp.where(keep, size, 0).sum(), 1)
+
+
+_TINY = 1e-30
+
+
+def proportions(value: Array, keep: Array, scale: str, background: float) -> Array:
+    """Rows as positive shares of the genes: on the linear scale, mixed with the mean profile of the cells kept."""
+    rate = jnp.maximum(_SCALES[scale](jnp.maximum(value, 0)), 0)
+    total = rate.sum(1, keepdims=True)
+    share = rate / jnp.where(total > 0, total, 1)
+    # A gene that no cell has gets a share of its own, small as it is.
+    mean = jnp.where(keep[:, None], share, 0).sum(0) + 1 / value.shape[1]
+    mean = mean / mean.sum()
+    return jnp.where(total > 0, (1 - background) * share + background * mean, mean)

@@ -32,6 +32,7 @@ __all__ = [
     "scale_columns",
     "scale_rows",
     "take_columns",
+    "values_at",
 ]
 
 BLOCK_ROWS = 1024
@@ -93,7 +94,8 @@ class Counts:
             cells = slice(b * rows, (b + 1) * rows)
             position[b, : hi - lo] = np.repeat(offset[cells], degree[cells]) + csr.indices[lo:hi]
         # Nobody else holds these arrays, so the device may take them as they are.
-        return cls(*(jax.device_put(a, may_alias=True) for a in (data, position)), (n, genes), rows)
+        data_there, position_there = (jax.device_put(a, may_alias=True) for a in (data, position))
+        return cls(data_there, position_there, (n, genes), rows)
 
     def host_values(self, indptr: np.ndarray) -> np.ndarray:
         """The values in CSR order, given the row pointers of the matrix this was made from."""
@@ -256,6 +258,13 @@ def column_moments(x: Matrix) -> tuple[Float[Array, " genes"], Float[Array, " ge
 def matmul(x: Matrix, v: Float[Array, "genes dims"]) -> Float[Array, "cells dims"]:
     """x @ v."""
     return map_rows(x, lambda block: block @ v)
+
+
+def values_at(x: Counts, dense: Float[Array, "cells genes"]) -> Float[Array, "blocks nnz"]:
+    """What a dense matrix of the same shape holds where `x` has its values; 0 at pads."""
+    blocks, rows = x.data.shape[0], x.block_rows
+    flat = jnp.pad(dense, ((0, blocks * rows - n_rows(x)), (0, 0))).reshape(blocks, -1)
+    return jax.vmap(lambda d, at: d.at[at].get(mode="fill", fill_value=0))(flat, x.position)
 
 
 def gram(x: Matrix, mean: Float[Array, " genes"]) -> Float[Array, "genes genes"]:

@@ -6,14 +6,17 @@ from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
+from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._pca import PCA, PCAResult
+from scdiffx.ops._vae import VAE, Training, VAEResult
 
 __all__ = [
     "DIFFERENTIABLE_METRICS",
     "KERNELS",
     "PCA",
+    "VAE",
     "Counts",
     "DiffusionMap",
     "DiffusionMapResult",
@@ -23,6 +26,8 @@ __all__ = [
     "Leiden",
     "LeidenResult",
     "Log1p",
+    "Magic",
+    "MagicResult",
     "Neighbors",
     "NeighborsResult",
     "NormalizeTotal",
@@ -33,6 +38,8 @@ __all__ = [
     "PseudotimeResult",
     "Scale",
     "ScaleResult",
+    "Training",
+    "VAEResult",
     "buffer",
     "learnable",
     "operator",

@@ -60,12 +60,14 @@ class PCA:
     Uninitialised, or with ``anchored=False``, the components are computed anew from each input; derivatives go through
     the eigenvectors by perturbation theory, exact also for components of equal variance wherever the loss does not
     depend on their rotation. After `init` with ``anchored=True`` the centre and the components stay, so that
-    minibatches and new cells meet one fixed projection, to which the learnable `shift` (zero at first) is added.
+    minibatches and new cells meet one fixed projection, to which the learnable `shift` (zero at first) is added. Each
+    column of the scores is multiplied by its learnable `scale` (1 at first): how much that component counts.
 
     `weight` multiplies the genes before projection; `mask` selects genes, once and for all at `init`.
     """
 
     shift: Array | None = learnable(default=None)
+    scale: Array | None = learnable(default=None, constraint="positive")
     mean: Array | None = buffer(default=None)
     components: Array | None = buffer(default=None)
     columns: Array | None = buffer(default=None)
@@ -81,7 +83,13 @@ class PCA:
             return op
         x = op._selected(x, weight, None)
         fitted, mean, _ = jax.jit(op._fit)(x)
-        return replace(op, mean=mean, components=fitted.vectors, shift=jnp.zeros_like(fitted.vectors))
+        return replace(
+            op,
+            mean=mean,
+            components=fitted.vectors,
+            shift=jnp.zeros_like(fitted.vectors),
+            scale=jnp.ones(self.n_comps, fitted.vectors.dtype),
+        )
 
     def _selected(self, x: C.Matrix, weight: Array | None, mask: Array | None) -> C.Matrix:
         if self.columns is not None:
@@ -116,6 +124,7 @@ class PCA:
             ratio = variance / jnp.where(total > 0, total, 1)
         else:
             components = jnp.asarray(self.components, x.dtype) + (0 if self.shift is None else self.shift)
+            components = components * (1 if self.scale is None else jnp.asarray(self.scale, x.dtype))
             scores = _scores(x, jnp.asarray(self.mean, x.dtype), components)
             variance = scores.var(0, ddof=1)
             ratio = variance / C.column_moments(x)[1].sum()

@@ -1,8 +1,21 @@
 """Preprocessing: scanpy's `sc.pp`, each step a differentiable operator."""
 
 from scdiffx.pp._highly_variable import highly_variable_genes
+from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
 from scdiffx.pp._normalize import log1p, normalize_total, scale
 from scdiffx.pp._pca import pca
+from scdiffx.pp._split_counts import split_counts
+from scdiffx.pp._vae import vae
 
-__all__ = ["highly_variable_genes", "log1p", "neighbors", "normalize_total", "pca", "scale"]
+__all__ = [
+    "highly_variable_genes",
+    "log1p",
+    "magic",
+    "neighbors",
+    "normalize_total",
+    "pca",
+    "scale",
+    "split_counts",
+    "vae",
+]

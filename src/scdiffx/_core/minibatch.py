@@ -1,0 +1,64 @@
+"""Minibatches of a sparse matrix for training: rows are drawn on the host and stay sparse until a step uses them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Array, Float, Int
+
+from scdiffx._core.counts import Counts, Matrix
+
+__all__ = ["SparseRows", "densify", "draw", "host_csr", "widest"]
+
+
+class SparseRows(NamedTuple):
+    """Rows in the form of :class:`Counts`: values and their places in the flattened dense block, pads past its end."""
+
+    data: Float[Array | np.ndarray, " nnz"]
+    position: Int[Array | np.ndarray, " nnz"]
+
+
+def host_csr(x: Matrix) -> Any:
+    """The matrix as float32 CSR on the host, without stored zeros."""
+    if not isinstance(x, Counts):
+        return sp.csr_matrix(np.asarray(x, np.float32))
+    n, genes = x.shape
+    data, position = np.asarray(x.data, np.float32), np.asarray(x.position)
+    block = np.broadcast_to(np.arange(len(data))[:, None], data.shape)
+    real = (position < x.block_rows * genes) & (data != 0)
+    rows = block[real] * x.block_rows + position[real] // genes
+    return sp.csr_matrix((data[real], (rows, position[real] % genes)), shape=(n, genes))
+
+
+def widest(csr: Any, size: int) -> int:
+    """The most values that `size` rows can hold, rounded up so that similar data share compiled code."""
+    degree = np.diff(csr.indptr)
+    most = max(1, int(np.partition(degree, -size)[-size:].sum()))
+    step = max(1, 1 << max(0, most.bit_length() - 3))
+    return -(-most // step) * step
+
+
+def draw(csr: Any, cells: np.ndarray, width: int) -> list[SparseRows]:
+    """The rows `cells` (steps, size) of the matrix as minibatches of `width` values each."""
+    size = cells.shape[1]
+    genes = csr.shape[1]
+    picked = csr[cells.ravel()]
+    starts = picked.indptr[::size]
+    row = np.repeat(np.arange(cells.size, dtype=np.int32) % size, np.diff(picked.indptr))
+    place = row * np.int32(genes) + picked.indices.astype(np.int32)
+    found = []
+    for lo, hi in itertools.pairwise(starts):
+        data, position = np.zeros(width, np.float32), np.full(width, size * genes, np.int32)
+        data[: hi - lo], position[: hi - lo] = picked.data[lo:hi], place[lo:hi]
+        found.append(SparseRows(data, position))
+    return found
+
+
+def densify(rows: SparseRows, size: int, genes: int) -> Float[Array, "size genes"]:
+    """One minibatch as a dense block."""
+    flat = jnp.zeros(size * genes, rows.data.dtype)
+    return flat.at[rows.position].set(rows.data, mode="drop", unique_indices=True).reshape(size, genes)

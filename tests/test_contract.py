@@ -183,6 +183,16 @@ CASES = [
         learns=("t", "self_weight", "filter"),
     ),
     Case(
+        "solo",
+        lambda: ops.Solo(vae=ops.VAE(n_latent=4, n_hidden=16, training=ops.Training(max_epochs=2, batch_size=64))),
+        lambda d: (d.counts, d.batch),
+        tuple,
+        budget=1_800,
+        learns=("net",),
+        # Which cells are added up depends on their order.
+        equivariant=False,
+    ),
+    Case(
         "diffusion_map",
         lambda: ops.DiffusionMap(n_comps=8),
         lambda d: (d.graph,),

@@ -30,7 +30,7 @@ _STEPS = 5_000
 # exp(9) is a Poisson distribution for any count that occurs, and float32 still resolves the gamma function there.
 _LOG_THETA = (-7.0, 9.0)
 _LOG_STD = (-6.0, 3.0)
-_DROPOUT = 0.2
+_DROPOUT = 0.3
 
 
 class Training(NamedTuple):
@@ -236,7 +236,7 @@ def _batch_bound(
     table = jnp.clip(net["log_theta"], *_LOG_THETA)
     row, gene = rows.position // genes, rows.position % genes
     log_r = table[batch[jnp.minimum(row, size - 1)], gene] if table.shape[0] > 1 else table[0, gene]
-    return fit.at[row].add(coefficient(rows.data, log_r), mode="drop"), divergence
+    return fit.at[row].add(coefficient(jnp.asarray(rows.data), log_r), mode="drop"), divergence
 
 
 def _initial(op: VAE, csr: Any, codes: np.ndarray, batches: int, rng: np.random.Generator) -> Net:
@@ -354,9 +354,10 @@ def _trained(op: VAE, csr: Any, codes: np.ndarray, seed: int) -> tuple[Net, dict
     bar = progress_bar(epochs, "vae", settings.progress)
     for epoch in range(epochs):
         weight = min(1.0, (epoch + 1) / max(1, settings.warmup))
-        state, value = run.epoch(
-            state, rng.permutation(train), weight, settings.learning_rate, int(rng.integers(2**31))
-        )
+        # Over the last third the steps shrink to nothing; with patience nobody knows when the last third is.
+        shrink = 1.0 if settings.patience is not None else min(1.0, 3 * (1 - epoch / epochs))
+        rate = settings.learning_rate * shrink
+        state, value = run.epoch(state, rng.permutation(train), weight, rate, int(rng.integers(2**31)))
         nll, divergence = run.evaluate(state[0], held)
         for name, entry in zip(history, (value, nll + divergence, nll), strict=True):
             history[name].append(entry)

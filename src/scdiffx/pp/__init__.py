@@ -5,6 +5,7 @@ from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
 from scdiffx.pp._normalize import log1p, normalize_total, scale
 from scdiffx.pp._pca import pca
+from scdiffx.pp._solo import solo
 from scdiffx.pp._split_counts import split_counts
 from scdiffx.pp._vae import vae
 
@@ -16,6 +17,7 @@ __all__ = [
     "normalize_total",
     "pca",
     "scale",
+    "solo",
     "split_counts",
     "vae",
 ]

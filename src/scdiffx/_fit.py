@@ -280,14 +280,16 @@ class Run:
     def __init__(self, program: Program, loss: Loss, held: np.ndarray | None) -> None:
         self.program = program
         n = program.plan.adata.n_obs
-        self.held = None if held is None else jnp.asarray(held)
         self.train = jnp.ones(n, bool) if held is None else ~jnp.asarray(held)
+        self.held = None if held is None else jnp.asarray(held)
         self.slots = [program.plan.slot(term.output) for _, term in loss.terms]
         self.targets = [program.target(term) for _, term in loss.terms]
         self.weights = [weight for weight, _ in loss.terms]
         self.terms = self._initialised_terms([term for _, term in loss.terms])
         self.start: dict[str, Any] = {"plan": program.start(), "loss": [self._readout(t) for t in self.terms]}
-        self._step = jax.jit(self._value_and_grad)
+        # What is compared with travels as an argument: as a constant it would be folded while compiling.
+        self.given = (self.targets, self.train, self.held)
+        self._step = jax.jit(jax.value_and_grad(self._losses, has_aux=True))
 
     def _initialised_terms(self, terms: list[Any]) -> list[Any]:
         """Terms with their readouts started on the values of the unfitted plan and the training cells."""
@@ -306,21 +308,19 @@ class Run:
 
     def tapped_loss(self, params: Any, taps: Any) -> Any:
         """The training loss with `taps` added to the outputs of the steps."""
-        return self._losses(params, self.program.ops, self.program.frozen, taps)[0]
+        return self._losses(params, self.program.ops, self.program.frozen, self.given, taps)[0]
 
-    def _losses(self, params: Any, ops: list[Any], frozen: Any, taps: Any = None) -> tuple[Any, Any]:
+    def _losses(self, params: Any, ops: list[Any], frozen: Any, given: Any, taps: Any = None) -> tuple[Any, Any]:
+        targets, train, held = given
         values = self.program.evaluate(self.program.with_params(params["plan"], ops), frozen, taps)
         terms = [replace(t, **p) for t, p in zip(self.terms, params["loss"], strict=True)]
 
         def total(keep: Any) -> Any:
-            parts = zip(self.weights, terms, self.slots, self.targets, strict=True)
+            parts = zip(self.weights, terms, self.slots, targets, strict=True)
             return sum(w * term(values[slot], target, keep) for w, term, slot, target in parts)
 
-        train = total(self.train)
-        return train, train if self.held is None else total(self.held)
-
-    def _value_and_grad(self, params: Any, ops: list[Any], frozen: Any) -> Any:
-        return jax.value_and_grad(self._losses, has_aux=True)(params, ops, frozen)
+        loss = total(train)
+        return loss, loss if held is None else total(held)
 
     def optimise(
         self, optimizer: Any, n_steps: int, refresh_every: int, patience: int | None, progress: bool
@@ -337,7 +337,7 @@ class Run:
         for step in range(n_steps):
             if refresh_every and step and step % refresh_every == 0 and program.has_structure:
                 program = program.refreshed(params["plan"])
-            (train, chosen), grads = self._step(params, program.ops, program.frozen)
+            (train, chosen), grads = self._step(params, program.ops, program.frozen, self.given)
             value = float(chosen)
             if not np.isfinite(value) or not all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)):
                 bar.close()
@@ -359,9 +359,9 @@ class Run:
 
     def finish(self, best: Any, history: dict[str, list[float]]) -> Fitted:
         """Compare the best iterate with the defaults, each on its own fresh structure, and keep the better."""
-        before = self._losses(self.start, self.program.ops, self.program.frozen)
+        before = self._losses(self.start, self.program.ops, self.program.frozen, self.given)
         program = self.program.refreshed(best["plan"]) if self.program.has_structure else self.program
-        after = self._losses(best, program.ops, program.frozen)
+        after = self._losses(best, program.ops, program.frozen, self.given)
         adopted = bool(after[1] < before[1])
         if not adopted:
             best, program = self.start, self.program

@@ -41,12 +41,12 @@ def test_planted_doublets_of_single_depth_score_higher(trained: tuple[ops.Solo, 
     score = np.asarray(result.score)
     assert ((score >= 0) & (score <= 1)).all()
     assert roc_auc_score(truth, score) > 0.65
-    np.testing.assert_allclose(score, 1 / (1 + np.exp(-np.asarray(result.logit))), rtol=1e-5)
+    np.testing.assert_allclose(score, np.minimum(1, np.exp(np.asarray(result.evidence))), rtol=1e-5)
 
 
 def test_probabilities_are_of_the_right_size(trained: tuple[ops.Solo, ops.Counts, np.ndarray]) -> None:
-    op, x, truth = trained
-    assert 0.01 < float(called(op, x).score.mean()) < 3 * truth.mean()
+    op, x, _ = trained
+    assert float(called(op, x).score.mean()) == pytest.approx(0.05, rel=0.4)
 
 
 def test_training_stops_early_at_its_best(trained: tuple[ops.Solo, ops.Counts, np.ndarray]) -> None:

@@ -32,10 +32,10 @@ _NOT_VARYING = 1e-6
 
 
 class SoloResult(NamedTuple):
-    """`score`: the probability that a cell is a doublet, in [0, 1] (cells,). `logit`: its log odds (cells,)."""
+    """`score`: the probability that a cell is a doublet, in [0, 1] (cells,). `evidence`: its logarithm, unbounded."""
 
     score: Float[Array, " cells"]
-    logit: Float[Array, " cells"]
+    evidence: Float[Array, " cells"]
 
 
 @operator
@@ -45,7 +45,7 @@ class Solo:
     `init` trains the autoencoder (unless `vae` has weights), adds up random pairs of cells of the same batch, two of
     three sums thinned to the depth of another cell so that depth alone does not decide, and trains the classifier
     with early stopping. Its log odds are then divided by a temperature fitted on held-out cells, and moved from the
-    share of simulated doublets in training to the share among the cells, estimated around `doublet_rate`.
+    share of simulated doublets in training to `doublet_rate`, their expected share among the cells.
     """
 
     net: Net | None = learnable(default=None)
@@ -78,8 +78,8 @@ class Solo:
         if self.net is None:
             raise ValueError("Solo needs its networks: call `op = op.init(x, batch)` first")
         net = {name: jnp.asarray(value, x.dtype) for name, value in self.net.items()}
-        odds = logit(net, _features(self.vae, x)) * net["sharpness"] + net["prior"]
-        return SoloResult(jax.nn.sigmoid(odds), odds)
+        evidence = logit(net, _features(self.vae, x)) * net["sharpness"] + net["prior"]
+        return SoloResult(jnp.exp(jnp.minimum(evidence, 0)), evidence)
 
 
 def simulated(csr: Any, codes: np.ndarray, n: int, rng: np.random.Generator) -> Any:
@@ -163,7 +163,7 @@ def _trained(op: Solo, real: np.ndarray, made: np.ndarray, rng: np.random.Genera
     held = rng.random(len(doublet)) < _HELD
     history: dict[str, list[float]] = {"train": [], "validation": []}
     net = _fit(op, features, doublet, held, history, rng)
-    net = _calibrated(net, features[held], doublet[held], real, op.doublet_rate)
+    net = _calibrated(net, features[held], doublet[held], op.doublet_rate)
     return net, {name: np.asarray(values) for name, values in history.items()}
 
 
@@ -200,8 +200,12 @@ def _fit(
 _held_entropy = jax.jit(_entropy)
 
 
-def _calibrated(net: Net, features: np.ndarray, doublet: np.ndarray, real: np.ndarray, rate: float) -> Net:
-    """Divide the log odds by the temperature that suits held-out cells best, and move them to the cells' own share."""
+def _calibrated(net: Net, features: np.ndarray, doublet: np.ndarray, rate: float) -> Net:
+    """Divide the log odds by the temperature that suits held-out cells best, and move them to the cells' own share.
+
+    The cells that the simulated doublets are compared with hold doublets too. So the odds are densities of doublets
+    over those of *all* cells, and times the share of doublets they are the probability itself, not its odds.
+    """
     from scipy.optimize import minimize_scalar
 
     odds = np.asarray(logit(net, jnp.asarray(features)), np.float64)
@@ -211,12 +215,5 @@ def _calibrated(net: Net, features: np.ndarray, doublet: np.ndarray, real: np.nd
         return float((np.logaddexp(0, scaled) - doublet * scaled).mean())
 
     sharpness = math.exp(minimize_scalar(cost, bounds=(-2, 2), method="bounded").x)
-    trained = math.log(doublet.mean() / (1 - doublet.mean()))
-    own = np.asarray(logit(net, jnp.asarray(real)), np.float64) * sharpness - trained
-    share = rate
-    # Expectation-maximisation of the share, with the expected rate as prior, worth a tenth of the cells.
-    for _ in range(50):
-        posterior = 1 / (1 + np.exp(-(own + math.log(share / (1 - share)))))
-        share = float(np.clip((posterior.mean() + 0.1 * rate) / 1.1, 1e-4, 0.5))
-    prior = math.log(share / (1 - share)) - trained
+    prior = math.log(rate) - math.log(doublet.mean() / (1 - doublet.mean()))
     return {**net, "sharpness": np.float32(sharpness), "prior": np.float32(prior)}

@@ -44,7 +44,7 @@ def solo(
     batch_key
         Column of `adata.obs` with the batch: doublets form within one, and the autoencoder corrects for it.
     doublet_rate
-        Expected share of doublets, between 0 and 1; the share is estimated around it.
+        Expected share of doublets, between 0 and 1; the probabilities scale with it.
     doublet_ratio
         Simulated doublets for each cell.
     threshold

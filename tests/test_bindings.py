@@ -251,6 +251,14 @@ CASES = [
         matrix=True,
         counts=True,
     ),
+    Case(
+        "split_counts",
+        "pp.split_counts",
+        "counts",
+        {"layers/fit": "float32", "layers/choose": "float32", "layers/test": "float32"},
+        matrix=True,
+        counts=True,
+    ),
     Case("diffmap", "tl.diffmap", "graph", DIFFMAP, {"n_comps": 6}),
     Case(
         "pseudotime",
@@ -544,7 +552,7 @@ def test_empty_data_are_refused(case: Case, axis: str) -> None:
 @each(CASES)
 def test_one_cell_is_refused_or_has_a_finite_result(case: Case) -> None:
     adata = source(case.source)[:1].copy()
-    if case.function in ("pp.normalize_total", "pp.log1p", "pp.scale"):
+    if case.function in ("pp.normalize_total", "pp.log1p", "pp.scale", "pp.split_counts"):
         call(case, adata)
         matrix = adata.X.toarray() if sp.issparse(adata.X) else adata.X
         assert np.isfinite(matrix).all()

@@ -329,7 +329,8 @@ def test_derivatives_match_finite_differences(case: Case) -> None:
         assert exact != 0, f"{what}: no derivative arrives"
         size = float(jnp.sqrt(jnp.mean(ravel_pytree(at)[0] ** 2))) or 1.0
         numeric = directional_fd(function, at, step, steps=(1e-6 * size, 1e-7 * size))
-        np.testing.assert_allclose(numeric, exact, rtol=1e-5, err_msg=what)
+        # A kink within the larger step, or rounding in the smaller, spoils one of them, not both.
+        assert np.abs(numeric / exact - 1).min() < 1e-5, f"{what}: {numeric} by differences, {exact} by the derivative"
 
 
 @in_double

@@ -27,8 +27,7 @@ def test_every_molecule_goes_to_one_layer(form) -> None:
     sizes = np.array([adata.layers[k].sum() for k in "abc"])
     np.testing.assert_allclose(sizes / sizes.sum(), [0.6, 0.3, 0.1], atol=0.005)
     again = sd.pp.split_counts(pbmc_counts(), {"a": 0.6, "b": 0.3, "c": 0.1}, rng=1, copy=True)
-    if form is sp.csr_matrix:
-        assert abs(again.layers["a"] - adata.layers["a"]).max() == 0
+    assert abs(again.layers["a"] - adata.layers["a"]).max() == 0
     other = sd.pp.split_counts(pbmc_counts(), rng=2, copy=True)
     assert abs(other.layers["fit"] - again.layers["a"]).max() > 0
 
@@ -59,6 +58,11 @@ def test_what_cannot_be_split_is_refused(fractions, change, message) -> None:
     with pytest.raises(ValueError, match=message):
         sd.pp.split_counts(adata, fractions)
     assert not adata.layers
+
+
+def test_a_plan_cannot_draw() -> None:
+    with pytest.raises(TypeError, match="before"):
+        sd.pp.split_counts(sd.plan(pbmc_counts(20, 30)))
 
 
 @pytest.fixture

@@ -167,6 +167,15 @@ CASES = [
         for name, settings in (("nb", {}), ("zinb", {"likelihood": "zinb", "dispersion": "gene-batch"}))
     ),
     Case(
+        "scrublet",
+        lambda: ops.Scrublet(n_comps=8, temperature=0.1),
+        lambda d: (d.counts,),
+        lambda r: (r.score, r.simulated),
+        budget=700,
+        # Which cells are paired depends on their order.
+        equivariant=False,
+    ),
+    Case(
         "magic",
         lambda: ops.Magic(t=2.3, n_steps=4),
         lambda d: (d.coordinates, d.coordinates),
@@ -382,7 +391,8 @@ def shuffled_data() -> Data:
 
 def derivative_at(case: Case, n: int) -> tuple[Callable[..., Any], Any, Any]:
     """Value and derivative of a case as one function, and the float32 shapes of its arguments for n cells."""
-    op, args = enlarged(ready(case.name), {CELLS: n, GENES: MANY_GENES})
+    # Simulated doublets are two for each cell.
+    op, args = enlarged(ready(case.name), {CELLS: n, 2 * CELLS: 2 * n, 3 * CELLS: 3 * n, GENES: MANY_GENES})
 
     def both(op: Any, args: Any) -> Any:
         params, (floats, _) = parameters(op), float_leaves(args)

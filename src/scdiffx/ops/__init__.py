@@ -10,6 +10,7 @@ from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._pca import PCA, PCAResult
+from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._solo import Solo, SoloResult
 from scdiffx.ops._vae import VAE, Training, VAEResult
 
@@ -39,6 +40,8 @@ __all__ = [
     "PseudotimeResult",
     "Scale",
     "ScaleResult",
+    "Scrublet",
+    "ScrubletResult",
     "Solo",
     "SoloResult",
     "Training",

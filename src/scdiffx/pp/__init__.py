@@ -5,6 +5,7 @@ from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
 from scdiffx.pp._normalize import log1p, normalize_total, scale
 from scdiffx.pp._pca import pca
+from scdiffx.pp._scrublet import scrublet
 from scdiffx.pp._solo import solo
 from scdiffx.pp._split_counts import split_counts
 from scdiffx.pp._vae import vae
@@ -17,6 +18,7 @@ __all__ = [
     "normalize_total",
     "pca",
     "scale",
+    "scrublet",
     "solo",
     "split_counts",
     "vae",

@@ -252,6 +252,14 @@ CASES = [
         counts=True,
     ),
     Case(
+        "cell_weights",
+        "pp.cell_weights",
+        "counts",
+        {"obs/cell_weight": "float32"},
+        {"bounds": {"quality": (0.2, None)}},
+        keyed={"obs/mine": "float32"},
+    ),
+    Case(
         "scrublet",
         "pp.scrublet",
         "counts",
@@ -310,6 +318,7 @@ def _source(name: str) -> ad.AnnData:
     if name == "counts":
         adata = pbmc_counts(CELLS, GENES)
         adata.obs["batch"] = np.where(np.arange(CELLS) % 3 == 0, "first", "second")
+        adata.obs["quality"] = np.linspace(0, 1, CELLS)
         adata.layers["spare"] = adata.X.copy()
         return adata
     earlier, step = {
@@ -580,6 +589,9 @@ def test_one_cell_is_refused_or_has_a_finite_result(case: Case) -> None:
     elif case.function == "tl.leiden":
         call(case, adata)
         assert list(adata.obs["leiden"]) == ["0"]
+    elif case.function == "pp.cell_weights":
+        call(case, adata)
+        assert np.isfinite(adata.obs["cell_weight"]).all()
     elif case.name == "magic_genes":
         call(case, adata)
         assert np.isfinite(adata.obsm["X_magic"]).all()

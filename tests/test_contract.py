@@ -167,6 +167,14 @@ CASES = [
         for name, settings in (("nb", {}), ("zinb", {"likelihood": "zinb", "dispersion": "gene-batch"}))
     ),
     Case(
+        "cell_weights",
+        lambda: ops.CellWeights(cutoff=jnp.asarray([-0.5, 0.8, 0.1]), temperature=0.5, sides=((0, 1), (0, -1), (1, 1))),
+        lambda d: (d.coordinates[:, 0], d.coordinates[:, 1]),
+        lambda r: r,
+        budget=20,
+        learns=("cutoff", "temperature"),
+    ),
+    Case(
         "scrublet",
         lambda: ops.Scrublet(n_comps=8, temperature=0.1),
         lambda d: (d.counts,),

@@ -3,6 +3,7 @@
 from scdiffx._core.counts import Counts
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
+from scdiffx.ops._cell_weights import CellWeights
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
@@ -19,6 +20,7 @@ __all__ = [
     "KERNELS",
     "PCA",
     "VAE",
+    "CellWeights",
     "Counts",
     "DiffusionMap",
     "DiffusionMapResult",

@@ -1,5 +1,6 @@
 """Preprocessing: scanpy's `sc.pp`, each step a differentiable operator."""
 
+from scdiffx.pp._cell_weights import cell_weights
 from scdiffx.pp._highly_variable import highly_variable_genes
 from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
@@ -11,6 +12,7 @@ from scdiffx.pp._split_counts import split_counts
 from scdiffx.pp._vae import vae
 
 __all__ = [
+    "cell_weights",
     "highly_variable_genes",
     "log1p",
     "magic",

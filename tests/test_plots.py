@@ -230,3 +230,46 @@ def test_fit_without_holdout_chooses_on_the_training_cells() -> None:
     labels = [line.get_label() for line in ax.lines]
     assert labels == ["training cells", "defaults, training cells", "chosen: step 99"]
     assert ax.get_title().startswith("defaults kept\nloss of the training cells")
+
+
+def scored(*, batches: bool = False) -> ad.AnnData:
+    rng = np.random.default_rng(0)
+    adata = ad.AnnData(np.zeros((300, 2), np.float32))
+    adata.obs["doublet_score"] = rng.beta(1, 12, 300)
+    entry = {"doublet_scores_sim": np.r_[rng.beta(1, 12, 250), rng.beta(8, 8, 350)], "threshold": 0.3}
+    adata.uns["scrublet"] = entry
+    if batches:
+        adata.obs["batch"] = np.where(np.arange(300) < 100, "a/1", "b")
+        adata.uns["scrublet"] = {"batches": {"a|1": entry, "b": entry}, "batched_by": "batch"}
+    return adata
+
+
+def test_doublets_draws_both_distributions_and_the_threshold() -> None:
+    adata = scored()
+    ax = sd.pl.doublets(adata, show=False)
+    share = (adata.obs["doublet_score"] > 0.3).mean()
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["cells", "simulated doublets", f"threshold 0.30: {share:.1%} of the cells above"]
+    for stairs in ax.patches[::2]:
+        assert stairs.get_data().values.sum() == pytest.approx(1)
+    assert any(line.get_xdata()[0] == 0.3 for line in ax.lines if len(line.get_xdata()))
+    assert inside(ax)
+    del adata.uns["scrublet"]["threshold"]
+    assert len(sd.pl.doublets(adata, show=False).get_legend().get_texts()) == 2
+
+
+def test_doublets_of_one_batch() -> None:
+    adata = scored(batches=True)
+    ax = sd.pl.doublets(adata, batch="a/1", show=False)
+    assert ax.get_title() == "doublet scores, a/1"
+    one = adata.obs["doublet_score"].to_numpy()[:100]
+    counts = ax.patches[0].get_data()
+    np.testing.assert_allclose(counts.values, np.histogram(one, counts.edges)[0] / 100)
+    with pytest.raises(ValueError, match="pass `batch=`"):
+        sd.pl.doublets(adata, show=False)
+    with pytest.raises(KeyError, match="batch='c'"):
+        sd.pl.doublets(adata, batch="c", show=False)
+    with pytest.raises(ValueError, match="not computed by batch"):
+        sd.pl.doublets(scored(), batch="b", show=False)
+    with pytest.raises(KeyError, match=r"sd\.pp\.scrublet"):
+        sd.pl.doublets(ad.AnnData(np.zeros((2, 2))), show=False)

@@ -1,6 +1,7 @@
 """Plots of what scanpy does not draw: Matplotlib on the keys of an AnnData."""
 
+from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fit import fit
 from scdiffx.pl._pseudotime import pseudotime
 
-__all__ = ["fit", "pseudotime"]
+__all__ = ["doublets", "fit", "pseudotime"]

@@ -64,7 +64,7 @@ def branch() -> ad.AnnData:
 
 @pytest.mark.slow
 def test_readme_examples_run(branch: ad.AnnData) -> None:
-    namespace: dict[str, object] = {"adata": branch}
+    namespace: dict[str, object] = {"adata": branch, "raw": branch.copy()}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
     later = branch.obs["dpt_pseudotime"].groupby(branch.obs["day"]).median()

@@ -228,6 +228,8 @@ def same(a: Any, b: Any, rtol: float = 0, atol: float = 0) -> bool:
             return same(a.toarray(), b.toarray(), rtol, atol)
         difference = abs(a - b)
         return bool((difference.data <= atol + rtol * abs(a).max()).all()) if difference.nnz else True
+    if isinstance(a, pd.DataFrame):
+        return isinstance(b, pd.DataFrame) and list(a) == list(b) and all(same(a[c], b[c], rtol, atol) for c in a)
     if isinstance(a, pd.Series):
         if not isinstance(b, pd.Series) or a.dtype != b.dtype:
             return False

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import anndata as ad
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -89,6 +90,16 @@ def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
         **{f"uns/{entry}/net/{name}": "float32" for name in [*weights.split(), "gene_bias", "log_theta"]},
         **{f"uns/{entry}/history/{name}": "float64" for name in curves},
         **{f"uns/{entry}/{name}": "float" for name in curves[1:]},
+    }
+
+
+def distribution_keys(key: str) -> dict[str, str]:
+    return {
+        f"varm/{key}": "float32",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/groups": "object",
+        f"uns/{key}/table": "DataFrame",
     }
 
 
@@ -288,6 +299,15 @@ CASES = [
         matrix=True,
         counts=True,
     ),
+    Case(
+        "differential_distribution",
+        "tl.differential_distribution",
+        "log",
+        distribution_keys("differential_distribution"),
+        {"groupby": "batch"},
+        keyed=distribution_keys("mine"),
+        matrix=True,
+    ),
     Case("diffmap", "tl.diffmap", "graph", DIFFMAP, {"n_comps": 6}),
     Case(
         "pseudotime",
@@ -358,7 +378,9 @@ def result(case: Case) -> ad.AnnData:
 
 
 def kind(value: Any) -> str:
-    return str(value.dtype) if hasattr(value, "dtype") else value if value == "mapping" else type(value).__name__
+    if isinstance(value, str) and value == "mapping":
+        return value
+    return str(value.dtype) if hasattr(value, "dtype") else type(value).__name__
 
 
 def top_paths(paths: set[str]) -> set[str]:
@@ -477,6 +499,9 @@ def test_every_matrix_format_gives_the_same(case: Case, form: str) -> None:
         if kind(a).startswith("float"):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5 * np.nanmax(np.abs(a)), err_msg=path)
+        elif isinstance(a, pd.DataFrame):
+            rows = [table.sort_values(["group", "gene"], ignore_index=True) for table in (a, b)]
+            pd.testing.assert_frame_equal(*rows, rtol=1e-3, atol=1e-5)
         else:
             assert same(a, b), path
     if "X" in case.writes and case.name != "scale":

@@ -175,6 +175,15 @@ CASES = [
         learns=("cutoff", "temperature"),
     ),
     Case(
+        "differential_distribution",
+        lambda: ops.DifferentialDistribution(pairs=((0, 1), (1, -1)), temperature=0.4),
+        lambda d: (d.coordinates, jax.nn.softmax(d.coordinates[:, :3], axis=1)),
+        # The largest of the gaps over a grid of quantiles has kinks; the moments are smooth.
+        lambda r: (r.statistic, r.mean, r.variance),
+        budget=250,
+        learns=("temperature",),
+    ),
+    Case(
         "scrublet",
         lambda: ops.Scrublet(n_comps=8, temperature=0.1),
         lambda d: (d.counts,),

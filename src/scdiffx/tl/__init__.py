@@ -1,7 +1,8 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._pseudotime import dpt, pseudotime
 
-__all__ = ["diffmap", "dpt", "leiden", "pseudotime"]
+__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime"]

@@ -9,6 +9,7 @@ from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Obsm, Uns
 from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.ops._diffusion import SINGLE_TOL
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,7 +76,7 @@ def diffmap(
     as_seed(one_rng(rng, random_state))
     step = Step(
         "diffmap",
-        ops.DiffusionMap(n_comps=n_comps),
+        ops.DiffusionMap(n_comps=n_comps, tol=None if isinstance(adata, Plan) else SINGLE_TOL),
         reads=(Connectivities(neighbors_key),),
         writes=(
             Write(Obsm("X_diffmap"), lambda op, result: result.eigenvectors, np.float32),

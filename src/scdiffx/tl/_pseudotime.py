@@ -8,6 +8,7 @@ import numpy as np
 from scdiffx import ops
 from scdiffx._slots import Connectivities, Given, Obs, Obsm, Slot, Uns
 from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.ops._diffusion import SINGLE_TOL
 from scdiffx.tl._diffmap import warn_unconverged
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def pseudotime(
 
     step = Step(
         "pseudotime",
-        ops.Pseudotime(n_dcs=n_dcs, n_comps=n_comps),
+        ops.Pseudotime(n_dcs=n_dcs, n_comps=n_comps, tol=None if isinstance(adata, Plan) else SINGLE_TOL),
         reads=(Connectivities(neighbors_key), Given(index), known if warm else None),
         writes=(
             Write(Obs("dpt_pseudotime"), lambda op, result: result.pseudotime, np.float32),

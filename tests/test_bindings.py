@@ -402,7 +402,8 @@ def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
 
 def test_every_public_function_has_a_case() -> None:
     public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
-    assert public == set(FUNCTIONS)
+    # It writes to a new AnnData, which tests/ops/test_simulate.py looks at.
+    assert public - {"tl.simulate"} == set(FUNCTIONS)
 
 
 @each(CASES)

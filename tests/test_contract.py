@@ -67,6 +67,8 @@ class Case(NamedTuple):
     differentiable: bool = True
     # What a randomised search finds depends on the order of the cells.
     equivariant: bool = True
+    # What `init` reads, where that is not what the call reads.
+    start: Callable[[Data], tuple[Any, ...]] | None = None
 
 
 def of_matrix(x: ops.Counts) -> jax.Array:
@@ -219,6 +221,18 @@ CASES = [
         equivariant=False,
     ),
     Case(
+        "simulate",
+        lambda: ops.Simulate(bcv_trend=0.5),
+        lambda d: (jax.nn.softmax(d.coordinates[:, :3]), d.batch, jax.random.key(1)),
+        # The gamma's derivative in its shape is right in expectation, not for the path of one key.
+        lambda r: (r.library, r.expected, r.bcv),
+        budget=3_000,
+        learns=("mean", "factor", "batch_factor", "lib_loc", "lib_scale", "bcv", "bcv_trend"),
+        # The noise of a cell depends on its place.
+        equivariant=False,
+        start=lambda d: (d.counts, jnp.argmax(d.coordinates[:, :3], 1), d.batch),
+    ),
+    Case(
         "diffusion_map",
         lambda: ops.DiffusionMap(n_comps=8),
         lambda d: (d.graph,),
@@ -283,7 +297,8 @@ def shared_data() -> Data:
 def prepared(case: Case, d: Data) -> tuple[Any, tuple[Any, ...]]:
     """The operator after `init`, and its inputs."""
     op, args = case.op(), case.inputs(d)
-    return (op.init(*args, key=jax.random.key(0)) if hasattr(op, "init") else op), args
+    start = args if case.start is None else case.start(d)
+    return (op.init(*start, key=jax.random.key(0)) if hasattr(op, "init") else op), args
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, N
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
+from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
 from scdiffx.ops._vae import VAE, Training, VAEResult
 
@@ -47,6 +48,8 @@ __all__ = [
     "ScaleResult",
     "Scrublet",
     "ScrubletResult",
+    "Simulate",
+    "SimulateResult",
     "Solo",
     "SoloResult",
     "Training",

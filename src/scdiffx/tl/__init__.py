@@ -4,5 +4,6 @@ from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._pseudotime import dpt, pseudotime
+from scdiffx.tl._simulate import simulate
 
-__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime"]
+__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime", "simulate"]

@@ -160,7 +160,7 @@ def test_cells_lie_on_branching_paths() -> None:
         frequent = share > 1e-3
         planned = np.asarray(adata.var["mean"] * adata.var[f"de_factor_{name}"])
         origin = np.asarray(adata.var["mean"])
-        off = [np.abs(np.log(share / (m / m.sum())))[frequent].mean() for m in (planned, origin)]
+        off = [np.abs(np.log(share / (m / m.sum()), where=frequent))[frequent].mean() for m in (planned, origin)]
         assert off[0] < 0.6 * off[1]
     assert path_order([2, 0, 1]) == [1, 0, 2]
 
@@ -200,11 +200,40 @@ def test_groups_and_batches_are_recovered(grouped: ad.AnnData) -> None:
     assert list(made.obs["group"].cat.categories) == ["Group1", "Group2", "Group3"]
 
 
-def test_dropout_is_found_where_it_is() -> None:
-    settings = {"n_vars": 1500, "batch_cells": [600], "rng": 4}
-    lossy = sd.tl.simulate(sd.datasets.splatter(dropout_mid=1.0, dropout_shape=-1.5, **settings), dropout=True)
-    assert lossy.uns["simulate"]["splatter"]["dropout_mid"] == pytest.approx(1, abs=0.7)
-    assert lossy.uns["simulate"]["splatter"]["dropout_shape"] == pytest.approx(-1.5, abs=0.7)
+def test_paths_are_recovered() -> None:
+    settings = {"group_prob": [0.5, 0.5], "path_from": [0, 1], "path_nonlinear_prob": 0, "path_n_steps": 30}
+    adata = sd.datasets.splatter(1000, 800, de_prob=0.4, de_fac_loc=0.8, bcv_common=0.3, rng=5, **settings)
+    made = sd.tl.simulate(adata, 700, groupby="group", path_key="step", path_n_steps=10)
+    assert made.obs["step"].min() == 1
+    assert made.obs["step"].max() == 10
+    assert list(made.uns["simulate"]["step"]) == [*range(1, 11)] * 2
+    assert list(made.uns["simulate"]["path"]) == ["Path1"] * 10 + ["Path2"] * 10
+    found = np.log(made.varm["path_factor"])
+    frequent = (adata.var["mean"] > 1).to_numpy()
+    end = [np.ones(adata.n_vars), *(adata.var[f"de_factor_Path{i}"].to_numpy() for i in (1, 2))]
+    for path in range(2):
+        truth = np.log(end[path + 1] / end[path])[frequent]
+        change = (found[:, 10 * path + 9] - found[:, 10 * path])[frequent]
+        assert np.corrcoef(truth, change)[0, 1] > 0.9
+    for path in ("Path1", "Path2"):
+        assert (
+            stats.ks_2samp(*(a.obs["expected_library_size"][a.obs["group"] == path] for a in (adata, made))).pvalue
+            > 1e-3
+        )
+
+
+def test_dropout_is_found_where_it_is_and_only_there() -> None:
+    settings = {"n_vars": 900, "batch_cells": [500], "rng": 4}
+    source = sd.datasets.splatter(dropout_mid=1.0, dropout_shape=-1.5, **settings)
+    lossy = sd.tl.simulate(source, dropout=True)
+    assert lossy.uns["simulate"]["splatter"]["dropout_mid"] == pytest.approx(1, abs=0.4)
+    assert lossy.uns["simulate"]["splatter"]["dropout_shape"] == pytest.approx(-1.5, abs=0.6)
+    assert lossy.uns["simulate"]["splatter"]["mean_shape"] == pytest.approx(0.6, rel=0.1)
+    with_it, without = (distances(source.X, a.X) for a in (lossy, sd.tl.simulate(source)))
+    assert with_it["zeros of genes"] < 0.3 * without["zeros of genes"]
+    assert with_it["mean"] < 0.04
+    none = sd.tl.simulate(sd.datasets.splatter(**settings), 10, dropout=True)
+    assert "dropout_mid" not in none.uns["simulate"]["splatter"]
 
 
 def features(x: sp.csr_matrix) -> dict[str, np.ndarray]:
@@ -228,12 +257,17 @@ def distances(a: sp.csr_matrix, b: sp.csr_matrix) -> dict[str, float]:
     return {name: float(stats.ks_2samp(one[name], other[name]).statistic) for name in one}
 
 
-def test_simulated_paul15_is_like_paul15_and_poisson_is_not(paul15: ad.AnnData) -> None:
+@pytest.fixture(scope="module")
+def like_paul15(_paul15: ad.AnnData) -> ad.AnnData:
+    return sd.tl.simulate(_paul15, groupby="paul15_clusters")
+
+
+def test_simulated_paul15_is_like_paul15_and_poisson_is_not(paul15: ad.AnnData, like_paul15: ad.AnnData) -> None:
     counts = sp.csr_matrix(paul15.X)
     size, share = (np.asarray(counts.sum(axis)).ravel() for axis in (1, 0))
     share = share / share.sum()
     rng = np.random.default_rng(0)
-    ours = distances(counts, sd.tl.simulate(paul15, groupby="paul15_clusters").X)
+    ours = distances(counts, like_paul15.X)
     naive = distances(counts, rng.poisson(np.broadcast_to(share * size.mean(), counts.shape)))
     with_sizes = distances(counts, rng.poisson(share * rng.choice(size, len(size))[:, None]))
     # Measured: .010 .017 .014 .034 .039 .028; a Poisson with the gene means .006 .125 .089 .54 .63 .94, and with the
@@ -247,11 +281,9 @@ def test_simulated_paul15_is_like_paul15_and_poisson_is_not(paul15: ad.AnnData) 
     assert ours["library size"] < 0.2 * naive["library size"]
 
 
-def test_variance_by_mean_is_kept_gene_by_gene(paul15: ad.AnnData) -> None:
-    counts = sp.csr_matrix(paul15.X)
-    made = sd.tl.simulate(paul15, groupby="paul15_clusters")
-    assert list(made.var_names) == list(paul15.var_names)
-    one, other = features(counts), features(made.X)
+def test_variance_by_mean_is_kept_gene_by_gene(paul15: ad.AnnData, like_paul15: ad.AnnData) -> None:
+    assert list(like_paul15.var_names) == list(paul15.var_names)
+    one, other = features(paul15.X), features(like_paul15.X)
     frequent = one["mean"] > 0.05
     for name, bound in (("mean", 0.15), ("variance", 0.4)):
         gap = np.abs(np.log(other[name][frequent] / one[name][frequent]))
@@ -401,6 +433,12 @@ def test_genes_and_cells_without_counts() -> None:
     assert np.isfinite(made.X.data).all()
     assert made.X[:, 7].sum() == 0
     assert np.isfinite(made.var["mean"]).all()
+    # A group of empty cells alone has nothing of its own to estimate.
+    adata.obs["group"] = np.where(np.arange(100) == 3, "z", np.where(np.arange(100) % 2, "a", "b"))
+    made = sd.tl.simulate(adata, 500, groupby="group", dropout=True)
+    np.testing.assert_array_equal(made.var["de_factor_z"], 1)
+    assert all(np.isfinite(value).all() for value in made.uns["simulate"]["splatter"].values())
+    assert (made.obs["group"] == "z").any()
 
 
 @pytest.mark.parametrize(
@@ -412,6 +450,11 @@ def test_genes_and_cells_without_counts() -> None:
         ({"batch_key": "absent"}, KeyError, "batch_key='absent'"),
         ({"batch_key": "partial"}, ValueError, "batch_key='partial' is missing for 1 of 40"),
         ({"layer": "absent"}, KeyError, "'absent'"),
+        ({"path_key": "absent"}, KeyError, "path_key='absent'"),
+        ({"path_key": "cell_type"}, ValueError, "path_key='cell_type' must be numeric"),
+        ({"path_key": "time"}, ValueError, "path_key='time' is not finite for 1 of 40"),
+        ({"path_key": "order", "path_n_steps": 0}, ValueError, "path_n_steps=0"),
+        ({"path_key": "order", "n_vars": 5}, ValueError, "n_vars=5 cannot be combined"),
         ({"rng": 1, "random_state": 1}, TypeError, "not both"),
         ({"rng": "seed"}, TypeError, "rng='seed'"),
     ],
@@ -419,6 +462,8 @@ def test_genes_and_cells_without_counts() -> None:
 def test_bad_settings_name_themselves(settings: dict, error: type[Exception], message: str) -> None:
     adata = pbmc_counts(40, 30)
     adata.obs["partial"] = [None, *["a"] * 39]
+    adata.obs["order"] = np.arange(40)
+    adata.obs["time"] = np.where(np.arange(40) == 3, np.inf, 0.5)
     with pytest.raises(error, match=message):
         sd.tl.simulate(adata, **settings)
 

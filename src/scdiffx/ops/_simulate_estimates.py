@@ -13,8 +13,10 @@ _ABSENT = 1e-3  # molecules in all cells together that a gene without any is giv
 _ROUNDS = 30
 _SMALLEST_BCV = 1e-2
 _LARGEST_DF = 1000.0
+_FEW = 10  # cells whose library sizes say too little of their spread
 _CERTAIN = 0.3  # largest standard error of the logarithm of a factor that says how factors are distributed
-_FLATTEST = 0.5  # slope of the loss in the log mean: flatter ones would be a loss of all genes alike
+# Dropout: library sizes and quantiles that moments are taken over, rounds of correction, genes the curve is fitted to.
+_LIBRARIES, _LEVELS, _CORRECTIONS, _TRIED = 8, 32, 5, 100
 
 
 class Estimates(NamedTuple):
@@ -57,21 +59,32 @@ def estimated(
         )
     state = np.zeros(len(library), int) if state is None else state
     batch = np.zeros(len(library), int) if batch is None else batch
+    shape = (int(batch.max()) + 1, int(state.max()) + 1)
     x, library, state, batch = x[used], library[used], state[used], batch[used]
-    sums = _sums(x, library, state, batch)
+    sums = _sums(x, library, state, batch, shape)
     mean, factor, batch_factor = _shares(sums)
     share = mean * factor[None] * batch_factor[:, None]
     share /= share.sum(2, keepdims=True)
     dispersion, genes = _dispersions(sums, share)
-    splatter = _distributions(sums, mean, factor, batch_factor, dispersion) | genes._asdict()
     loc, scale = _library(library, state, batch, share, dispersion)
-    splatter |= {"lib_loc": float(np.log(library).mean()), "lib_scale": float(np.log(library).std())}
+    splatter: dict[str, Any] = {"lib_loc": float(np.log(library).mean()), "lib_scale": float(np.log(library).std())}
     lost = None
     if dropout:
-        lost, mean, dispersion = _dropout(x, library, mean, dispersion)
-        loc, mean = loc + np.log(mean.sum()), mean / mean.sum()
+        # Zeros are compared over all cells, so with the variation that the groups' differences are part of.
+        total, _ = _dispersions(sums, np.broadcast_to(mean / mean.sum(), share.shape))
+        lost, mean, less = _dropout(x, library, mean, total)
+        dispersion = np.maximum((1 + dispersion) * (1 + less) / (1 + total) - 1, 1e-4)
         if lost is not None:
+            more = float(np.log(mean.sum()))
+            loc, mean = loc + more, mean / mean.sum()
+            # Weighted by what the trend was with dropout, for some corrected dispersions are next to 0.
+            expected = mean * sums.typical
+            around = (genes.bcv_common + genes.bcv_trend / np.sqrt(expected)) ** 2
+            common, slope = _trend(dispersion, expected, np.maximum(around, 1e-4) ** 2)
+            genes = Genes(common, slope, genes.bcv_df)
+            splatter["lib_loc"] += more
             splatter |= {"dropout_mid": float(lost[0]), "dropout_shape": float(lost[1])}
+    splatter |= _distributions(sums, mean, factor, batch_factor, dispersion) | genes._asdict()
     return Estimates(
         mean * sums.typical,
         factor if factor.shape[0] > 1 else None,
@@ -84,16 +97,14 @@ def estimated(
     )
 
 
-def _sums(x: Any, library: np.ndarray, state: np.ndarray, batch: np.ndarray) -> Sums:
-    batches, states, cells = batch.max() + 1, state.max() + 1, np.arange(len(library))
-    shape = (batches, states)
-    code = batch * states + state
+def _sums(x: Any, library: np.ndarray, state: np.ndarray, batch: np.ndarray, shape: tuple[int, int]) -> Sums:
+    code, cells, combinations = batch * shape[1] + state, np.arange(len(library)), shape[0] * shape[1]
 
     def total(weight: np.ndarray) -> np.ndarray:
-        rows = sp.csr_matrix((weight, (code, cells)), shape=(batches * states, len(cells)))
+        rows = sp.csr_matrix((weight, (code, cells)), shape=(combinations, len(cells)))
         return np.asarray((rows @ x).todense()).reshape(*shape, -1)
 
-    powers = [np.bincount(code, library**p, batches * states).reshape(shape) for p in range(3)]
+    powers = [np.bincount(code, library**p, combinations).reshape(shape) for p in range(3)]
     squares = np.asarray(x.multiply(x).sum(0)).ravel()
     return Sums(total(np.ones_like(library)), total(library), np.stack(powers), squares, float(np.median(library)))
 
@@ -177,12 +188,14 @@ def _library(
     """Location and scale of the log library sizes (batches, states), less the noise of the counts themselves."""
     logs = np.log(library)
     loc = np.full(share.shape[:2], logs.mean())
-    scale = np.full(share.shape[:2], logs.std())
+    code = batch * share.shape[1] + state
+    within = logs - (np.bincount(code, logs) / np.maximum(np.bincount(code), 1))[code]
+    scale = np.full(share.shape[:2], within.std())
     noise = np.einsum("bsg,g->bs", share**2, dispersion)
     for b, s in np.unique(np.stack([batch, state], 1), axis=0):
         own = logs[(batch == b) & (state == s)]
         loc[b, s] = own.mean()
-        if len(own) > 2:
+        if len(own) >= _FEW:
             scale[b, s] = own.std(ddof=1)
         noise[b, s] += np.exp(-own).mean()
     return loc, np.sqrt(np.maximum(scale**2 - noise, 1e-4))
@@ -206,7 +219,7 @@ def _distributions(
         "out_fac_loc": float(away.mean()),
         "out_fac_scale": float(away.std()),
     }
-    cells = sums.library[0]
+    cells = np.maximum(sums.library[0], 1e-9)
     if len(factor) > 1:
         result["group_prob"] = cells.sum(0) / cells.sum()
         logs = np.log(factor[:, found])
@@ -261,37 +274,49 @@ def _changed(logs: np.ndarray, counts: np.ndarray, biological: np.ndarray) -> tu
 def _dropout(
     x: Any, library: np.ndarray, share: np.ndarray, dispersion: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """Midpoint and shape of the loss, and shares and dispersions without it.
+    """Midpoint and shape of the loss, and shares and dispersions before it.
 
-    With a share q of the counts lost, mean and variance determine the other parameters, and zeros are the more frequent
-    the larger q: this gives a q for each gene, and the logistic curve in the log mean goes through these, weighted by
-    how much zeros say about q. None if that brings the numbers of zeros no nearer to those of the data.
+    The curve is the one under which genes of the observed means and variances come nearest to the observed zeros. None
+    if without dropout they are less than twice as far from them (root mean square).
     """
-    from scipy.optimize import least_squares
-    from scipy.special import expit
+    from scipy.optimize import minimize
 
-    size = np.quantile(library, (np.arange(32) + 0.5) / 32)[:, None]
+    size = np.quantile(library, (np.arange(_LIBRARIES) + 0.5) / _LIBRARIES)
     zeros = 1 - np.bincount(x.indices, minlength=x.shape[1]) / x.shape[0]
-
-    def expected(q: np.ndarray) -> np.ndarray:
-        rest = np.maximum((1 - q) * (1 + dispersion) - 1, 1e-6)
-        return q + (1 - q) * np.exp(-np.log1p(rest * share * size / (1 - q)) / rest).mean(0)
-
-    low, high = np.zeros_like(share), dispersion / (1 + dispersion)
-    none, most = expected(low), expected(high)
-    for _ in range(30):
-        q = (low + high) / 2
-        more = zeros > expected(q)
-        low, high = np.where(more, q, low), np.where(more, high, q)
-    weight = most - none
-    if not ((q > 0.02) & (weight > 0.05)).any():
+    telling = np.flatnonzero((zeros > 0.05) & (zeros < 0.95))
+    if not len(telling):
         return None, share, dispersion
-    logs = np.log(share * np.median(library) / (1 - q))
-    centre = float(np.average(logs, weights=weight))
-    fit = least_squares(
-        lambda p: weight * (expit(p[1] * (logs - p[0])) - q), [centre - 2, -1.0], bounds=([-20, -20], [20, -_FLATTEST])
-    )
-    lost = np.minimum(expit(fit.x[1] * (logs - fit.x[0])), high)
-    if np.abs(expected(lost) - zeros).mean() > np.abs(none - zeros).mean():
+    some = telling[np.argsort(zeros[telling])][np.linspace(0, len(telling) - 1, min(_TRIED, len(telling))).astype(int)]
+
+    def off(curve: np.ndarray) -> float:
+        return float(((_before_loss(share[some], dispersion[some], size, curve)[2] - zeros[some]) ** 2).sum())
+
+    centre = float(np.log(np.median(share[some]) * np.median(library)))
+    without = off(np.array([-50.0, -1.0]))
+    starts = [np.array([centre + d, -1.0]) for d in (-4, -2, 0)]
+    fit = minimize(off, min(starts, key=off), method="Nelder-Mead", options={"maxfev": 50, "xatol": 0.02})
+    if fit.fun > without / 4:
         return None, share, dispersion
-    return fit.x, share / (1 - lost), np.maximum((1 - lost) * (1 + dispersion) - 1, 1e-4)
+    return fit.x, *_before_loss(share, dispersion, size, fit.x)[:2]
+
+
+def _before_loss(
+    share: np.ndarray, dispersion: np.ndarray, size: np.ndarray, curve: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shares and dispersions that dropout turns into those given, and the zeros that there are then.
+
+    Losses of the first two moments are means over library sizes `size` and over quantiles of the gamma distribution.
+    """
+    from scipy.special import expit, gammaincinv
+
+    level = (np.arange(_LEVELS) + 0.5) / _LEVELS
+    before, rest = share, dispersion
+    for _ in range(_CORRECTIONS):
+        wide = np.maximum(gammaincinv(1 / rest[:, None], level) * rest[:, None], 1e-30)[:, None]
+        rate = before[:, None, None] * size[:, None] * wide
+        kept = expit(-curve[1] * (np.log(rate) - curve[0]))
+        zeros = (1 - kept * -np.expm1(-rate)).mean((1, 2))
+        first, second = ((rate**p * kept).sum((1, 2)) / (rate**p).sum((1, 2)) for p in (1, 2))
+        before = share / np.maximum(first, 0.02)
+        rest = np.clip((1 + dispersion) * first**2 / np.maximum(second, 1e-4) - 1, 1e-4, None)
+    return before, rest, zeros

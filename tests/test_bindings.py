@@ -112,6 +112,19 @@ def magic_keys(key: str, layer: bool = True) -> dict[str, str]:
     }
 
 
+SCRUBLET = {
+    "obs/doublet_score": "float64",
+    "obs/predicted_doublet": "bool",
+    "uns/scrublet": "mapping",
+    "uns/scrublet/doublet_scores_sim": "float64",
+    "uns/scrublet/doublet_parents": "int64",
+    "uns/scrublet/threshold": "float",
+    "uns/scrublet/parameters": "mapping",
+    "uns/scrublet/parameters/expected_doublet_rate": "float",
+    "uns/scrublet/parameters/sim_doublet_ratio": "float",
+    "uns/scrublet/parameters/n_neighbors": "int",
+    "uns/scrublet/parameters/random_state": "int",
+}
 DIFFMAP = {"obsm/X_diffmap": "float32", "uns/diffmap_evals": "float32"}
 
 CASES = [
@@ -274,20 +287,17 @@ CASES = [
         "scrublet",
         "pp.scrublet",
         "counts",
-        {
-            "obs/doublet_score": "float64",
-            "obs/predicted_doublet": "bool",
-            "uns/scrublet": "mapping",
-            "uns/scrublet/doublet_scores_sim": "float64",
-            "uns/scrublet/doublet_parents": "int64",
-            "uns/scrublet/threshold": "float",
-            "uns/scrublet/parameters": "mapping",
-            "uns/scrublet/parameters/expected_doublet_rate": "float",
-            "uns/scrublet/parameters/sim_doublet_ratio": "float",
-            "uns/scrublet/parameters/n_neighbors": "int",
-            "uns/scrublet/parameters/random_state": "int",
-        },
+        SCRUBLET,
         {"threshold": 0.2},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "scrublet_classifier",
+        "pp.scrublet",
+        "counts",
+        SCRUBLET | {"uns/scrublet/parameters/method": "str"},
+        {"method": "classifier"},
         matrix=True,
         counts=True,
     ),

@@ -195,6 +195,16 @@ CASES = [
         equivariant=False,
     ),
     Case(
+        "doublet_classifier",
+        lambda: ops.DoubletClassifier(n_comps=8, temperature=0.1),
+        lambda d: (d.counts,),
+        lambda r: (r.score, r.simulated, r.weights),
+        # The values of 100,000 doublets, here of twice as many genes as the operator takes at most.
+        budget=2_600,
+        # Which cells are paired depends on their order.
+        equivariant=False,
+    ),
+    Case(
         "magic",
         lambda: ops.Magic(t=2.3, n_steps=4),
         lambda d: (d.coordinates, d.coordinates),

@@ -6,6 +6,7 @@ from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._cell_weights import CellWeights
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
+from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
@@ -28,6 +29,8 @@ __all__ = [
     "DifferentialDistributionResult",
     "DiffusionMap",
     "DiffusionMapResult",
+    "DoubletClassifier",
+    "DoubletClassifierResult",
     "Graph",
     "HighlyVariable",
     "HighlyVariableResult",

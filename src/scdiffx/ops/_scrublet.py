@@ -20,7 +20,7 @@ __all__ = ["Scrublet", "ScrubletResult"]
 
 _TARGET = 1e6
 _MIN_CELLS = 3  # a gene that fewer cells have is not looked at
-_CHUNK = 1024
+CHUNK = 1024  # points whose neighbours are looked at together
 
 
 class ScrubletResult(NamedTuple):
@@ -77,8 +77,7 @@ class Scrublet:
 
     def votes(self, n: int) -> int:
         """Neighbours that vote on each of `n` cells, counted among cells and doublets together."""
-        k = round(0.5 * np.sqrt(n)) if self.n_neighbors is None else self.n_neighbors
-        return int(min(max(round(k * (1 + int(n * self.doublet_ratio) / n)), 2), n + int(n * self.doublet_ratio)))
+        return n_voters(n, int(n * self.doublet_ratio), self.n_neighbors)
 
     def _fitted(self, x: C.Matrix) -> Projection:
         frequent = np.asarray(C.column_sums(x, lambda v: (v > 0).astype(x.dtype))) >= _MIN_CELLS
@@ -129,15 +128,30 @@ class Scrublet:
 
         def one(args: tuple[Array, Array]) -> tuple[Array, Array]:
             own, near = args
-            squared = ((z[near] - own) ** 2).sum(1)
-            distance = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
-            # The boundary runs between the last voter and the next, so that a small temperature counts exactly.
-            bound = (distance[last] + distance[jnp.minimum(last + 1, len(near) - 1)]) / 2
-            width = self.temperature * jnp.where(bound > 0, bound, 1)
-            vote = jax.nn.sigmoid((bound - distance) / width)
+            vote = soft_votes(distances(own, z[near]), last, self.temperature)
             return jnp.where(near >= n, vote, 0)[1:].sum(), vote.sum()
 
-        return jax.lax.map(jax.checkpoint(one), (z, indices), batch_size=_CHUNK)
+        return jax.lax.map(jax.checkpoint(one), (z, indices), batch_size=CHUNK)
+
+
+def n_voters(n: int, doublets: int, n_neighbors: int | None) -> int:
+    """Neighbours among cells and doublets that correspond to `n_neighbors` among `n` cells, the point itself too."""
+    k = round(0.5 * np.sqrt(n)) if n_neighbors is None else n_neighbors
+    return int(min(max(round(k * (1 + doublets / n)), 2), n + doublets))
+
+
+def distances(own: Float[Array, " comps"], near: Float[Array, "k comps"]) -> Float[Array, " k"]:
+    """Distances from one point, with finite derivatives where they are 0."""
+    squared = ((near - own) ** 2).sum(1)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+
+
+def soft_votes(distance: Float[Array, " k"], last: int, temperature: float) -> Float[Array, " k"]:
+    """Votes of neighbours in order of distance that fade where the one at place `last` is."""
+    # The boundary runs between the last voter and the next, so that a small temperature counts exactly.
+    bound = (distance[last] + distance[jnp.minimum(last + 1, len(distance) - 1)]) / 2
+    width = temperature * jnp.where(bound > 0, bound, 1)
+    return jax.nn.sigmoid((bound - distance) / width)
 
 
 def _scaled(x: C.Matrix) -> tuple[C.Matrix, Array, Array]:

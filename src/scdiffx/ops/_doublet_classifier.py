@@ -220,9 +220,10 @@ def _projected(x: C.Matrix, factor: Array, loadings: Array) -> Float[Array, "row
 def _reference(x: C.Matrix, n_comps: int) -> Reference:
     normalise = NormalizeTotal().init(x)
     log = Log1p()(normalise(x).x)
-    variance = np.asarray(C.column_moments(log)[1])
+    mean, variance = (np.asarray(moment) for moment in C.column_moments(log)[:2])
     genes = np.argsort(-variance, kind="stable")[:_VARIABLE]
-    genes = np.sort(genes[variance[genes] > 0])
+    # A constant gene has the variance that rounding leaves.
+    genes = np.sort(genes[variance[genes] > np.finfo(variance.dtype).eps * mean[genes] ** 2])
     n_comps = min(n_comps, len(genes) - 1, x.shape[0] - 1)
     if n_comps < 1:
         raise ValueError(f"there are {len(genes)} variable genes: too few for principal components")

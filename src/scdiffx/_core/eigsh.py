@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 __all__ = ["Eigen", "dtype_of", "eigsh", "product"]
 
 _WINDOW = 8  # columns filtered at once: wide enough for the gather kernel, narrow enough to skip what has converged
+_EXTRA = 2  # windows by which the space grows before it is compressed
 _DEGREE = 20  # largest filter degree; above it the search space would be refreshed too rarely
 _GROWTH = 1e4  # by how much a filter may amplify the top of the spectrum over the window: rounding noise grows as much
 _PROBES = 12  # Lanczos steps that bound the spectrum
@@ -41,7 +42,10 @@ class Eigen(NamedTuple):
 
 
 class _Space(NamedTuple):
-    """A search space: orthonormal columns (null ones are 0), their images, and its Rayleigh-Ritz decomposition."""
+    """A search space: orthonormal rows (null ones are 0), their images, and its Rayleigh-Ritz decomposition.
+
+    Vectors lie in rows: products of a few of them with all are three times faster than on columns.
+    """
 
     basis: Array
     image: Array
@@ -64,6 +68,8 @@ class _Bounds(NamedTuple):
 class _State(NamedTuple):
     space: _Space
     bounds: _Bounds
+    residual: Array
+    """Residuals of the window to be filtered next."""
     seeds: Array
     """Windows of random vectors still to be added."""
     done: Array
@@ -144,7 +150,7 @@ def eigsh(
 def _eigsh(A: Any, start: Array | None, k: int, oversample: int, tol: Array, max_steps: Array) -> Eigen:
     block = k + oversample
     keep = block + _WINDOW
-    plan = _Plan(k, block, keep, keep + 4 * _WINDOW, tol)
+    plan = _Plan(k, block, keep, keep + _EXTRA * _WINDOW, tol)
     if A.shape[0] <= max(_DENSE, 2 * plan.capacity):
         return _dense(A, plan)
     low = _lowered(A)
@@ -156,20 +162,25 @@ def _eigsh(A: Any, start: Array | None, k: int, oversample: int, tol: Array, max
     def going(s: _State) -> Array:
         return ~s.finished & (s.steps < max_steps) & jnp.isfinite(s.space.values[0])
 
-    def body(s: _State) -> _State:
-        s, residual = _advance(s, plan)
-        return lax.cond(s.finished, lambda s, _: s, lambda s, r: _step(A, low, s, r, plan), s, residual)
+    def has_room(s: _State) -> Array:
+        return going(s) & (s.space.size + _WINDOW <= plan.capacity)
 
-    return _result(lax.while_loop(going, body, state), plan)
+    # Two nested loops and no branch, for a branch would copy the search space.
+    def fill(s: _State) -> _State:
+        s = lax.while_loop(has_room, lambda s: _step(A, low, s, plan), s)
+        return s._replace(space=_compressed(s.space, plan.keep))
+
+    return _result(lax.while_loop(going, fill, state), plan)
 
 
 def _result(state: _State, plan: _Plan) -> Eigen:
     space, k = state.space, plan.k
-    vectors = product(space.basis, space.rotation[:, :k])
-    residuals = jnp.linalg.norm(product(space.image, space.rotation[:, :k]) - vectors * space.values[:k], axis=0)
+    rotation = space.rotation[:, :k].T
+    vectors = product(rotation, space.basis)
+    residuals = jnp.linalg.norm(product(rotation, space.image) - vectors * space.values[:k, None], axis=1)
     residuals = jnp.where(jnp.arange(k) < space.valid.sum(), residuals, jnp.inf)
     ok = (residuals <= plan.tol * _scale(space)).all()
-    return Eigen(space.values[:k], vectors, residuals, ok, state.matvecs)
+    return Eigen(space.values[:k], vectors.T, residuals, ok, state.matvecs)
 
 
 def _dense(A: Any, plan: _Plan) -> Eigen:
@@ -189,21 +200,21 @@ def _scale(space: _Space) -> Array:
 
 
 def _empty(n: int, capacity: int, dtype: Any) -> _Space:
-    tall, square = jnp.zeros((n, capacity), dtype), jnp.zeros((capacity, capacity), dtype)
+    long, square = jnp.zeros((capacity, n), dtype), jnp.zeros((capacity, capacity), dtype)
     row = jnp.zeros(capacity, dtype)
-    return _Space(tall, tall, square, row > 0, jnp.zeros((), jnp.int32), row, square)
+    return _Space(long, long, square, row > 0, jnp.zeros((), jnp.int32), row, square)
 
 
 def _append(A: Any, space: _Space, directions: Array) -> _Space:
     """Grow the space by the part of `directions` that is new to it, and solve the projected problem."""
     new = _orthonormalised(directions, space.basis)
-    image = A @ new
+    image = (A @ new.T).T
     put = partial(lax.dynamic_update_slice_in_dim, start_index=space.size)
-    basis, images = put(space.basis, new, axis=1), put(space.image, image, axis=1)
-    cross = product(basis.T, image)
+    basis, images = put(space.basis, new, axis=0), put(space.image, image, axis=0)
+    cross = product(basis, image.T)
     gram = put(put(space.gram, cross, axis=1), cross.T, axis=0)
-    valid = put(space.valid, jnp.square(new).sum(0) > 0.5, axis=0)
-    size = space.size + new.shape[1]
+    valid = put(space.valid, jnp.square(new).sum(1) > 0.5, axis=0)
+    size = space.size + new.shape[0]
     return _ritz(space._replace(basis=basis, image=images, gram=gram, valid=valid, size=size))
 
 
@@ -221,43 +232,43 @@ def _compressed(space: _Space, keep: int) -> _Space:
     """The best `keep` Ritz vectors as the new basis."""
     capacity = space.valid.shape[0]
     kept = jnp.arange(capacity) < jnp.minimum(keep, space.valid.sum())
-    rotation = jnp.where(kept[:keep], space.rotation[:, :keep], 0)
+    rotation = jnp.where(kept[:keep], space.rotation[:, :keep], 0).T
     values = jnp.where(kept, space.values, 0)
 
-    def rotate(columns: Array) -> Array:
-        return jnp.zeros_like(columns).at[:, :keep].set(product(columns, rotation))
+    def rotate(rows: Array) -> Array:
+        return jnp.zeros_like(rows).at[:keep].set(product(rotation, rows))
 
     basis, image = rotate(space.basis), rotate(space.image)
     eye = jnp.eye(capacity, dtype=values.dtype)
     return _Space(basis, image, jnp.diag(values), kept, jnp.asarray(keep, jnp.int32), space.values, eye)
 
 
-def _orthonormalised(columns: Array, basis: Array) -> Array:
-    """`columns` made orthonormal among themselves and to `basis`; columns without a new direction become 0.
+def _orthonormalised(rows: Array, basis: Array) -> Array:
+    """`rows` made orthonormal among themselves and to `basis`; rows without a new direction become 0.
 
     The Gram matrix is decomposed and its null part cut, as a Cholesky factor of it turns to NaN in float32.
     """
-    eps = jnp.finfo(columns.dtype).eps
+    eps = jnp.finfo(rows.dtype).eps
 
-    def sweep(turn: Array, columns: Array) -> Array:
-        columns = columns - product(basis, product(basis.T, columns))
-        norm = jnp.linalg.norm(columns, axis=0)
-        columns = jnp.where(norm > 10 * eps, columns / jnp.maximum(norm, eps), 0)
-        weights, axes = jnp.linalg.eigh(product(columns.T, columns))
-        # The second sweep removes what rounding left; a unit column that shrinks in it was noise.
+    def sweep(turn: Array, rows: Array) -> Array:
+        rows = rows - product(product(rows, basis.T), basis)
+        norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+        rows = jnp.where(norm > 10 * eps, rows / jnp.maximum(norm, eps), 0)
+        weights, axes = jnp.linalg.eigh(product(rows, rows.T))
+        # The second sweep removes what rounding left; a unit row that shrinks in it was noise.
         floor = jnp.where(turn == 0, 10 * eps, 0.1)
-        return product(columns, axes * jnp.where(weights > floor, lax.rsqrt(jnp.maximum(weights, eps)), 0))
+        return product((axes * jnp.where(weights > floor, lax.rsqrt(jnp.maximum(weights, eps)), 0)).T, rows)
 
-    return lax.fori_loop(0, 2, sweep, _normalised(columns))
+    return lax.fori_loop(0, 2, sweep, _normalised(rows))
 
 
-def _normalised(columns: Array) -> Array:
-    """Unit columns; zero and non-finite ones become 0."""
-    columns = jnp.where(jnp.isfinite(columns), columns, 0)
-    largest = jnp.abs(columns).max(0)
-    columns = columns / jnp.where(largest > 0, largest, 1)  # so that the squares neither overflow nor vanish
-    norm = jnp.linalg.norm(columns, axis=0)
-    return columns / jnp.where(norm > 0, norm, 1)
+def _normalised(rows: Array) -> Array:
+    """Unit rows; zero and non-finite ones become 0."""
+    rows = jnp.where(jnp.isfinite(rows), rows, 0)
+    largest = jnp.abs(rows).max(1, keepdims=True)
+    rows = rows / jnp.where(largest > 0, largest, 1)  # so that the squares neither overflow nor vanish
+    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(norm > 0, norm, 1)
 
 
 # --------------------------------------------------------------------------------------------------- the iteration
@@ -267,15 +278,16 @@ def _started(A: Any, start: Array | None, plan: _Plan) -> _State:
     space, m = _empty(A.shape[0], plan.capacity, dtype_of(A)), 0
     if start is not None:
         m = min(start.shape[1], plan.block)
-        space = _append(A, space, start[:, :m].astype(dtype_of(A)))
+        space = _append(A, space, start[:, :m].astype(dtype_of(A)).T)
     nothing = jnp.zeros((), dtype_of(_lowered(A)))
     zero = jnp.zeros((), jnp.int32)
     seeds = jnp.asarray(-(-(plan.block - m) // _WINDOW), jnp.int32)
-    state = _State(space, _Bounds(nothing, nothing, nothing), seeds, zero, zero > 0, zero, zero + m)
-    return _advance(state, plan)[0] if m >= plan.k else state
+    blank = jnp.zeros((_WINDOW, A.shape[0]), space.basis.dtype)
+    state = _State(space, _Bounds(nothing, nothing, nothing), blank, seeds, zero, zero > 0, zero, zero + m)
+    return _advance(state, plan) if m >= plan.k else state
 
 
-def _advance(state: _State, plan: _Plan) -> tuple[_State, Array]:
+def _advance(state: _State, plan: _Plan) -> _State:
     """Pass over the converged Ritz pairs; the residuals of the window behind them are what is filtered next."""
     space, bound = state.space, plan.tol * _scale(state.space)
 
@@ -283,25 +295,24 @@ def _advance(state: _State, plan: _Plan) -> tuple[_State, Array]:
         done, _, whole, _ = carry
         residual = _residuals(space, done)
         exists = done + jnp.arange(_WINDOW) < space.valid.sum()
-        good = exists & (jnp.linalg.norm(residual, axis=0) <= bound)
+        good = exists & (jnp.linalg.norm(residual, axis=1) <= bound)
         done = done + jnp.cumprod(good).sum().astype(done.dtype)
         # Pairs found late push earlier ones down the list: nothing counts before one pass has seen all of them.
         again = (done >= plan.k) & ~whole
         return jnp.where(again, 0, done), residual, whole | again, again | (good[0] & (done < plan.k))
 
-    blank = jnp.zeros((space.basis.shape[0], _WINDOW), space.basis.dtype)
-    first = (state.done, blank, state.done == 0, jnp.asarray(True))
+    first = (state.done, state.residual, state.done == 0, jnp.asarray(True))
     done, residual, *_ = lax.while_loop(lambda carry: carry[3], window, first)
-    return state._replace(done=done, finished=done >= plan.k), residual
+    return state._replace(done=done, finished=done >= plan.k, residual=residual)
 
 
 def _residuals(space: _Space, at: Array) -> Array:
-    rotation = lax.dynamic_slice_in_dim(space.rotation, at, _WINDOW, axis=1)
+    rotation = lax.dynamic_slice_in_dim(space.rotation, at, _WINDOW, axis=1).T
     values = lax.dynamic_slice_in_dim(space.values, at, _WINDOW)
-    return product(space.image, rotation) - product(space.basis, rotation) * values
+    return product(rotation, space.image) - product(rotation, space.basis) * values[:, None]
 
 
-def _step(A: Any, low: Any, state: _State, residual: Array, plan: _Plan) -> _State:
+def _step(A: Any, low: Any, state: _State, plan: _Plan) -> _State:
     """Add one window to the space: filtered noise at first, then filtered residuals."""
     space, bounds, seeding = state.space, state.bounds, state.seeds > 0
     dtype = bounds.lower.dtype
@@ -309,16 +320,19 @@ def _step(A: Any, low: Any, state: _State, residual: Array, plan: _Plan) -> _Sta
     ritz = jnp.stack([space.values[jnp.minimum(plan.keep, space.valid.sum()) - 1], space.values[0]]).astype(dtype)
     cut, top = jnp.where(seeding, jnp.stack([bounds.cut, bounds.upper]), ritz)
     target = jnp.where(seeding, cut, target)
-    source = jnp.where(seeding, 0, _normalised(residual)).astype(dtype)
+    source = jnp.where(seeding, 0, _normalised(state.residual)).astype(dtype).T
     seed = lax.cond(
         seeding, lambda: _noise(source.shape[0], source.shape[1], state.seeds, dtype), lambda: jnp.zeros_like(source)
     )
     degree = _degree(bounds.lower, cut, top, target[-1])
-    fresh = _filtered(low, seed, source, target, bounds.lower, cut, degree).astype(residual.dtype)
-    full = space.size + _WINDOW > plan.capacity
-    space = _append(A, lax.cond(full, lambda s: _compressed(s, plan.keep), lambda s: s, space), fresh)
-    matvecs = state.matvecs + _WINDOW * degree
-    return state._replace(space=space, steps=state.steps + 1, seeds=state.seeds - seeding, matvecs=matvecs)
+    fresh = _filtered(low, seed, source, target, bounds.lower, cut, degree).T.astype(space.basis.dtype)
+    state = state._replace(
+        space=_append(A, space, fresh),
+        steps=state.steps + 1,
+        seeds=state.seeds - seeding,
+        matvecs=state.matvecs + _WINDOW * degree,
+    )
+    return _advance(state, plan)
 
 
 # ------------------------------------------------------------------------------------------------------ the filter
@@ -335,8 +349,8 @@ def _noise(n: int, columns: int, seed: Any, dtype: Any) -> Array:
 
 def _bounds(A: Any) -> _Bounds:
     """Bounds of the spectrum from a few Lanczos steps."""
-    start = _normalised(_noise(A.shape[0], 1, 0, dtype_of(A)))
-    basis = jnp.zeros((_PROBES + 1, A.shape[0]), start.dtype).at[0].set(start[:, 0])
+    start = _normalised(_noise(A.shape[0], 1, 0, dtype_of(A)).T)
+    basis = jnp.zeros((_PROBES + 1, A.shape[0]), start.dtype).at[0].set(start[0])
     projected = jnp.zeros((_PROBES + 1, _PROBES + 1), start.dtype)
 
     def lanczos(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -346,7 +360,7 @@ def _bounds(A: Any) -> _Bounds:
         w = w - product(coefficients, basis)
         w = w - product(product(basis, w), basis)
         norm = jnp.linalg.norm(w)
-        basis = basis.at[j + 1].set(_normalised(w[:, None])[:, 0])
+        basis = basis.at[j + 1].set(_normalised(w[None])[0])
         return basis, projected.at[j].set(coefficients).at[j, j + 1].set(norm)
 
     _, projected = lax.fori_loop(0, _PROBES, lanczos, (basis, projected))
@@ -390,6 +404,6 @@ def _filtered(A: Any, seed: Array, source: Array, values: Array, lower: Array, c
 
     ones = jnp.ones_like(level)
     first = (jnp.zeros_like(source), seed + source / reference, ones, level / reference, ones / reference)
-    result = _normalised(lax.fori_loop(1, degree, climb, first)[1])
+    result = _normalised(lax.fori_loop(1, degree, climb, first)[1].T).T
     # Where the operator vanishes so may the filter; any direction is as good there.
     return jnp.where((result == 0).all(0), seed, result)

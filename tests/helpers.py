@@ -140,7 +140,8 @@ def enlarged(tree: Any, sizes: Mapping[int, int], dtype: Any = np.float32) -> An
             rows, width = sizes.get(n, n) + overflow, part.indices.shape[1]
             as_int = jax.ShapeDtypeStruct((rows, width), np.int32)
             owner = jax.ShapeDtypeStruct((overflow,), np.int32)
-            return Pattern(as_int, as_int, owner, jax.ShapeDtypeStruct((rows, width), bool))
+            order = jax.ShapeDtypeStruct((sizes.get(n, n),), np.int32)
+            return Pattern(as_int, as_int, owner, jax.ShapeDtypeStruct((rows, width), bool), order)
         if isinstance(part, Counts):
             n, genes = (sizes.get(d, d) for d in part.shape)
             stored = part.data.size * genes // (part.shape[0] * part.shape[1]) * BLOCK_ROWS

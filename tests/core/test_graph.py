@@ -60,6 +60,17 @@ def test_products_equal_scipy(graph):
     np.testing.assert_allclose(scaled.toarray(), left[:, None] * matrix.toarray() * right, rtol=1e-12)
 
 
+def test_reordered_is_the_permuted_matrix_and_its_transpose_too(graph):
+    order = np.asarray(graph.pattern.order)
+    np.testing.assert_array_equal(np.sort(order), np.arange(300))
+    matrix, moved = graph.to_scipy()[order][:, order], jax.jit(Graph.reordered)(graph)
+    assert abs(moved.to_scipy() - matrix).max() == 0
+    assert abs(moved.T.to_scipy() - matrix.T).max() == 0
+    # Neighbours come nearer to each other.
+    apart = [np.abs(np.subtract(*m.nonzero())).mean() for m in (graph.to_scipy(), matrix)]
+    assert apart[1] < 0.5 * apart[0]
+
+
 def test_any_scipy_matrix_survives_the_round_trip(x64):
     matrix = sp.random(80, 80, 0.05, random_state=0, format="csr")  # not symmetric, some empty rows
     assert abs(Graph.from_scipy(matrix).to_scipy() - matrix).max() == 0

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scdiffx._core.eigsh import Eigen, eigsh, product
+from scdiffx._core.graph import Graph
 from scdiffx._core.krylov import cg
 
 __all__ = ["Eigen", "eigenpairs", "eigsh", "spectral"]
@@ -89,9 +90,11 @@ def spectral(
     if not 1 <= n_weighted <= k:
         raise ValueError(f"n_weighted={n_weighted} must be in 1..k={k}")
     options = _Options(k, n_weighted, tol, max_steps, oversample, cg_tol, cg_steps)
-    start = None if start is None else lax.stop_gradient(start)
-    image, diagonal, eigen = _spectral(f, options, A, x, params, start)
-    return image, diagonal, jax.tree.map(lax.stop_gradient, eigen)
+    A, there, back = _nearby(A)
+    start = None if start is None else there(lax.stop_gradient(start))
+    image, diagonal, eigen = _spectral(f, options, A, there(x), params, start)
+    eigen = eigen._replace(vectors=back(eigen.vectors))
+    return back(image), back(diagonal), jax.tree.map(lax.stop_gradient, eigen)
 
 
 def eigenpairs(
@@ -114,11 +117,22 @@ def eigenpairs(
     k-th eigenvalue must differ from the next one if the loss depends on its vector: choose k at a gap.
     """
     options = _Options(k, k, tol, max_steps, oversample, cg_tol, cg_steps)
-    eigen = _eigenpairs(options, A, None if start is None else lax.stop_gradient(start))
-    return Eigen(eigen.values, eigen.vectors, *jax.tree.map(lax.stop_gradient, tuple(eigen[2:])))
+    A, there, back = _nearby(A)
+    eigen = _eigenpairs(options, A, None if start is None else there(lax.stop_gradient(start)))
+    return Eigen(eigen.values, back(eigen.vectors), *jax.tree.map(lax.stop_gradient, tuple(eigen[2:])))
 
 
 # ------------------------------------------------------------------------------------------------------ shared parts
+
+
+def _nearby(A: Any) -> tuple[Any, Callable[[Array], Array], Callable[[Array], Array]]:
+    """The operator with rows in an order that suits caches, and the maps of vectors to that order and back."""
+    if not isinstance(A, Graph):
+        return A, lambda v: v, lambda v: v
+    order = jnp.asarray(A.pattern.order)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+    take = [lambda v, at=at: v.at[at].get(mode="promise_in_bounds", unique_indices=True) for at in (order, place)]
+    return A.reordered(), *take
 
 
 def _find(options: _Options, A: Any, start: Array | None) -> Eigen:

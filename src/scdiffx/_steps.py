@@ -15,7 +15,7 @@ import numpy as np
 
 from scdiffx._core.fields import fields_of_kind, replace
 from scdiffx._core.random import as_key
-from scdiffx._core.runtime import ensure_cache
+from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
 from scdiffx._slots import Obs, Obsm, Part, Slot, Var, X, available, is_anndata, write_all
 
@@ -112,7 +112,8 @@ def run_step(
         if double:
             args = _cast(args, jnp.float64)
         op = prepare(step.op if op is None else op, args, as_key(step.rng))
-        return op, _call(op, *args) if step.compiled else op(*args)
+        with one_blas_thread():
+            return op, jax.block_until_ready(_call(op, *args) if step.compiled else op(*args))
 
 
 def _to_host(adata: Any, write: Write, value: Any, single: bool) -> Any:

@@ -106,16 +106,16 @@ def _filled(rows: int, width: int, slot: np.ndarray, values: Any, default: np.nd
 
 
 def _best_width(degree: np.ndarray, least: int) -> int:
-    """The width with the fewest slots in total; an overflow row costs a third more than a plain one (it is added back).
+    """The width with the fewest slots in total, where an overflow row counts as four more: it has to be added back.
 
-    A multiple of the panel, which the kernel pads to anyway: graphs of as many cells then share compiled code.
+    A multiple of the panel: graphs of as many cells then share compiled code.
     """
     counts = np.bincount(degree)
     first = -(-max(least, 1) // _PANEL) * _PANEL
     widths = np.arange(first, max(first, int(np.percentile(degree, 90))) + _PANEL, _PANEL)
     values = np.arange(len(counts))
-    overflow = [(np.ceil(np.maximum(values - w, 0) / w) * counts).sum() for w in widths]
-    return int(widths[np.argmin(widths * (degree.size + 4 / 3 * np.asarray(overflow)))])
+    overflow = np.asarray([(np.ceil(np.maximum(values - w, 0) / w) * counts).sum() for w in widths])
+    return int(widths[np.argmin(widths * (degree.size + overflow) + 4 * overflow)])
 
 
 def _slots_of(
@@ -324,15 +324,16 @@ class Graph:
         p, n, width = self.pattern, self.pattern.n_cells, self.pattern.indices.shape[1]
         order = jnp.asarray(p.order)
         place = jnp.zeros(n, order.dtype).at[order].set(jnp.arange(n, dtype=order.dtype), unique_indices=True)
-        overflow = jnp.arange(n, p.indices.shape[0], dtype=order.dtype)
-        rows, row_of = (jnp.concatenate([cells, overflow]) for cells in (order, place))
+        owner = place.at[p.owner].get(mode="fill", fill_value=n)
+        later = jnp.argsort(owner).astype(order.dtype)
+        rows = jnp.concatenate([order, n + later])
+        row_of = jnp.zeros_like(rows).at[rows].set(jnp.arange(len(rows), dtype=rows.dtype), unique_indices=True)
         indices, reverse, valid, values = (
             jnp.asarray(a).at[rows].get(mode="promise_in_bounds", unique_indices=True)
             for a in (p.indices, p.reverse, p.valid, self.values)
         )
         reverse = _in_bounds(row_of, reverse // width) * width + reverse % width
-        owner = jnp.asarray(place).at[p.owner].get(mode="fill", fill_value=n)
-        moved = Pattern(_in_bounds(place, indices), reverse, owner, valid, jnp.arange(n, dtype=order.dtype))
+        moved = Pattern(_in_bounds(place, indices), reverse, owner[later], valid, jnp.arange(n, dtype=order.dtype))
         return Graph(moved, values)
 
     @classmethod

@@ -94,16 +94,16 @@ def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
 
 
 def denoise_keys(key: str = "denoise") -> dict[str, str]:
-    layer = "attend attend_out attend_gain attend_bias feed_gain feed_bias feed_in feed_in_bias feed_out".split()
-    ends = "gene count depth inducing last_gain last_bias join join_bias gene_out gene_bias log_theta log_depth".split()
-    reads = [f"read_{name}" for name in ("query", "key", "value", "out")]
+    layers = {"attend": ("", "_out", "_gain", "_bias"), "feed": ("_gain", "_bias", "_in", "_in_bias", "_out")}
+    layers |= {"read": ("_query", "_key", "_value", "_out"), "last": ("_gain", "_bias"), "join": ("", "_bias")}
+    names = [f"{layer}{part}" for layer, parts in layers.items() for part in parts]
+    names += ["gene", "gene_out", "gene_bias", "count", "depth", "log_depth", "log_theta", "inducing"]
     return {
         **{f"uns/{key}{part}": "mapping" for part in ("", "/params", "/net", "/history")},
-        **{f"uns/{key}/net/{name}": "float32" for name in (*layer, *ends, *reads)},
+        **{f"uns/{key}/net/{name}": "float32" for name in names},
         **{f"uns/{key}/history/{name}": "float64" for name in ("train", "validation")},
         **{f"uns/{key}/{name}": "float" for name in ("validation", "validation_gene_mean")},
         f"uns/{key}/tokens": "int32",
-        f"uns/{key}/n_tokens": "int",
     }
 
 

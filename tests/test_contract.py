@@ -178,7 +178,7 @@ CASES = [
         ),
         lambda d: (d.counts,),
         lambda r: r.denoised,
-        budget=1_200,
+        budget=150,
         learns=("net",),
         # Which cells share a minibatch depends on their order.
         equivariant=False,

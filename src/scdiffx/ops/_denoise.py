@@ -28,12 +28,12 @@ _SEEN = (0.4, 0.9)
 _SEEN_HELD = 0.8
 # Attention weights are (cells, inducing points, tokens): few cells at a time.
 _CELLS_AT_ONCE = 32
-_STEPS = 2_000
+_STEPS = 1_500
 _WARMUP = 100
 
 
 class DenoiseTraining(NamedTuple):
-    """How the transformer is trained: `max_epochs` None is 2,000 gradient steps, but 10 to 300 epochs.
+    """How the transformer is trained: `max_epochs` None is 1,500 gradient steps, but 10 to 300 epochs.
 
     The learning rate rises over 100 steps and falls to 0 as a cosine. Training stops after `patience` epochs (None:
     never) without a better likelihood on the `validation` share of the cells; the best weights are kept. In training
@@ -75,7 +75,7 @@ class Denoise:
     history: dict[str, Array] | None = buffer(default=None, structure=True)
     tokens: Array | None = buffer(default=None)
     columns: Array | None = buffer(default=None)
-    n_tokens: int | None = static(default=None)
+    n_tokens: int = static(default=1_024)
     n_hidden: int = static(default=32)
     n_inducing: int = static(default=16)
     training: DenoiseTraining = static(default=DenoiseTraining())
@@ -92,15 +92,11 @@ class Denoise:
         if not csr.nnz:
             raise ValueError("training needs molecules, but all counts are 0")
         tokens = _token_genes(csr) if self.tokens is None else np.asarray(self.tokens)
-        # Pads are cheap to see and cost time: the length of the lists is that of the widest cell.
-        widest_cell = int(np.diff(csr[:, tokens].indptr).max())
-        n_tokens = min(len(tokens), -(-max(widest_cell, 1) // 16) * 16) if self.n_tokens is None else self.n_tokens
-        op = replace(self, tokens=jnp.asarray(tokens, jnp.int32), n_tokens=n_tokens)
         # Training is in float32 whatever the precision of the input: its noise is that of minibatches.
         with jax.enable_x64(False):
-            net, history = _trained(op, csr, tokens, seed)
+            net, history = _trained(self, csr, tokens, seed)
         net, history = (jax.tree.map(lambda a: jnp.asarray(a, x.dtype), tree) for tree in (net, history))
-        return replace(op, net=net, history=history)
+        return replace(self, net=net, history=history, tokens=jnp.asarray(tokens, jnp.int32))
 
     def __call__(self, x: C.Matrix) -> DenoiseResult:
         net = self._net(x)
@@ -133,7 +129,6 @@ class Denoise:
     def _shown(self, rows: Float[Array, "cells genes"]) -> Tokens:
         """The tokens of cells: their `n_tokens` largest counts of token genes."""
         assert self.tokens is not None
-        assert self.n_tokens is not None
         part = rows[:, self.tokens]
         if self.n_tokens >= part.shape[1]:
             return Tokens(jnp.broadcast_to(jnp.arange(part.shape[1]), part.shape), part)
@@ -141,7 +136,7 @@ class Denoise:
         return Tokens(place, jnp.take_along_axis(part, place, 1))
 
     def _net(self, like: Any) -> Net:
-        if self.net is None or self.tokens is None or self.n_tokens is None:
+        if self.net is None or self.tokens is None:
             raise ValueError("Denoise needs its network: call `op = op.init(x)` first")
         return {name: jnp.asarray(value, like.dtype) for name, value in self.net.items()}
 
@@ -242,17 +237,23 @@ class _Run:
     """One training: the data, and how minibatches are made of them."""
 
     def __init__(self, op: Denoise, csr: Any, tokens: np.ndarray, train: np.ndarray, seed: int) -> None:
-        assert op.n_tokens is not None
-        self.csr, self.tokens, self.n_tokens = csr, tokens, op.n_tokens
+        self.csr, self.tokens = csr, tokens
         self.masked, self.seed = op.training.masked, seed
         self.place = np.full(csr.shape[1], -1)
         self.place[tokens] = np.arange(len(tokens))
         self.size = min(op.training.batch_size, len(train))
         self.spare = train[: self.size]
         self.width = widest(csr, self.size)
+        # Pads cost as much as tokens, and few cells show three quarters of their genes in training: lists are that
+        # long for nine of ten cells, and the largest counts of the others fill them.
+        degree = np.diff(csr[:, tokens].indptr)
+        most = min(op.n_tokens, len(tokens))
+        self.length, self.full_length = (
+            min(most, 16 * math.ceil((length + 1) / 16)) for length in (0.75 * np.quantile(degree, 0.9), degree.max())
+        )
 
-    def minibatch(self, cells: np.ndarray, share: np.ndarray, rng: np.random.Generator) -> _Minibatch:
-        """The molecules of some cells, dealt out: a share is seen."""
+    def minibatch(self, cells: np.ndarray, share: np.ndarray, length: int, rng: np.random.Generator) -> _Minibatch:
+        """The molecules of some cells, dealt out: a share is seen, in lists of at most `length` token genes."""
         part = sp.csr_matrix(self.csr[cells])
         row = np.repeat(np.arange(len(cells)), np.diff(part.indptr))
         kept = rng.binomial(np.floor(part.data).astype(np.int64), share[row]).astype(np.float32)
@@ -260,26 +261,14 @@ class _Run:
         seen.data, rest.data = kept, ((part.data - kept) / (1 - share[row])).astype(np.float32)
         order = np.arange(len(cells))[None]
         seen_rows, rest_rows = (draw(matrix, order, self.width)[0] for matrix in (seen, rest))
-        return _Minibatch(self._listed(row, self.place[part.indices], kept, len(cells)), seen_rows, rest_rows)
-
-    def _listed(self, row: np.ndarray, place: np.ndarray, count: np.ndarray, cells: int) -> Tokens:
-        """The largest counts of token genes of each cell, in lists of one length."""
-        there = (place >= 0) & (count > 0)
-        row, place, count = row[there], place[there], count[there]
-        order = np.lexsort((-count, row))
-        row, place, count = row[order], place[order], count[order]
-        rank = np.arange(len(row)) - np.searchsorted(row, row)
-        listed = rank < self.n_tokens
-        tokens = Tokens(np.zeros((cells, self.n_tokens), np.int32), np.zeros((cells, self.n_tokens), np.float32))
-        tokens.place[row[listed], rank[listed]] = place[listed]
-        tokens.count[row[listed], rank[listed]] = count[listed]
-        return tokens
+        tokens = _listed(row, self.place[part.indices], kept, (len(cells), length))
+        return _Minibatch(tokens, seen_rows, rest_rows)
 
     def epoch(self, state: Any, cells: np.ndarray, rate: Any, rng: np.random.Generator) -> tuple[Any, float]:
         """One pass over the cells, less a rest that fills no minibatch; and the mean deviance per molecule."""
         values = []
         for part in cells[: len(cells) // self.size * self.size].reshape(-1, self.size):
-            batch = self.minibatch(part, rng.uniform(*_SEEN, len(part)), rng)
+            batch = self.minibatch(part, rng.uniform(*_SEEN, len(part)), self.length, rng)
             numbers = (np.float32(next(rate)), np.uint32(rng.integers(2**32)))
             state, value = _train_step(state, batch, self.tokens, *numbers, masked=self.masked)
             values.append(value)
@@ -290,9 +279,24 @@ class _Run:
         rng = np.random.default_rng([self.seed, 2])
         n, found = len(cells), []
         for part in np.concatenate([cells, self.spare[: -n % self.size]]).reshape(-1, self.size):
-            found.append(_evaluate(net, self.minibatch(part, np.full(len(part), _SEEN_HELD), rng)))
+            share = np.full(len(part), _SEEN_HELD)
+            found.append(_evaluate(net, self.minibatch(part, share, self.full_length, rng)))
         deviance, molecules = (np.concatenate([np.asarray(f[i]) for f in found])[:n].sum() for i in (0, 1))
         return float(deviance / max(molecules, 1))
+
+
+def _listed(row: np.ndarray, place: np.ndarray, count: np.ndarray, shape: tuple[int, int]) -> Tokens:
+    """The largest counts of token genes of each cell, in lists of one length."""
+    there = (place >= 0) & (count > 0)
+    row, place, count = row[there], place[there], count[there]
+    order = np.lexsort((-count, row))
+    row, place, count = row[order], place[order], count[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    listed = rank < shape[1]
+    tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    tokens.place[row[listed], rank[listed]] = place[listed]
+    tokens.count[row[listed], rank[listed]] = count[listed]
+    return tokens
 
 
 def _rates(highest: float, steps: int) -> Iterator[float]:
@@ -303,7 +307,6 @@ def _rates(highest: float, steps: int) -> Iterator[float]:
 def _trained(op: Denoise, csr: Any, tokens: np.ndarray, seed: int) -> tuple[Net, dict[str, Any]]:
     """Train on the cells that are not held out; returns the best weights and how training went."""
     settings = op.training
-    assert op.n_tokens is not None
     rng = np.random.default_rng([seed, 1])
     held, train = np.split(rng.permutation(csr.shape[0]), [max(1, round(settings.validation * csr.shape[0]))])
     run = _Run(op, csr, tokens, train, seed)

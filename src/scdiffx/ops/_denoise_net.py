@@ -131,7 +131,7 @@ def initial(csr: Any, n_tokens: int, hidden: int, inducing: int, rng: np.random.
         "gene": rng.standard_normal((n_tokens, hidden)),
         "count": rng.standard_normal((len(_SATURATION) + 1, hidden)) / 2,
         "depth": rng.standard_normal((2, hidden)) / 2,
-        "log_depth": np.log(np.median(depth[depth > 0])),
+        "log_depth": np.log([np.median(depth[depth > 0])]),
         "inducing": rng.standard_normal((inducing, hidden)),
         **{f"read_{name}": normal(hidden, hidden) for name in ("query", "key", "value", "out")},
         "attend": layers(normal, hidden, 3 * hidden),

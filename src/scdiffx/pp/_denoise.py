@@ -45,9 +45,9 @@ def denoise(
         Annotated data (cells x genes) with raw counts, or a plan.
     genes
         Names of the genes to denoise. By default all of them, which fills a dense layer. The network is trained on
-        all genes in either case, of which the 2,048 most variable can be its input.
+        all genes in either case, of which the 2,048 most variable are its input; a cell shows at most the 1,024 of them with the largest counts.
     max_epochs
-        Most passes over the cells; by default as many as 2,000 gradient steps take, but from 10 to 300.
+        Most passes over the cells; by default as many as 1,500 gradient steps take, but from 10 to 300.
     patience
         Stop after this many epochs without a better likelihood on the held-out cells; None for never.
     layer
@@ -71,9 +71,9 @@ def denoise(
     `adata.obsm["X_denoised" | f"X_{key_added}"]` : float32 (cells, len(genes))
         With `genes`: their expected counts, in the order asked for.
     `adata.uns["denoise" | key_added]` : dict
-        `params` (with `genes`, their names); `net`, the weights by name, with `tokens`, the positions of the genes
-        that are input, and `n_tokens` (``ops.Denoise(net=..., tokens=..., n_tokens=...)`` takes them); `history`, the
-        Poisson deviance per molecule of the unseen molecules on the training and on the held-out cells in each epoch;
+        `params` (with `genes`, their names); `net`, the weights by name, and `tokens`, the positions of the genes that
+        are input (``ops.Denoise(net=..., tokens=...)`` takes both); `history`, the Poisson deviance per molecule of
+        the unseen molecules on the training and on the held-out cells in each epoch;
         `validation`, the held-out one of the weights that were kept, and `validation_gene_mean`, that of the genes'
         mean shares on the same molecules, from which training starts.
 
@@ -126,12 +126,11 @@ def denoise(
 
 def _described(op: ops.Denoise) -> dict[str, Any]:
     """What `uns` holds of a trained denoiser."""
-    if op.net is None or op.tokens is None or op.n_tokens is None:
+    if op.net is None or op.tokens is None:
         return {}
     found: dict[str, Any] = {
         "net": {name: np.asarray(value, np.float32) for name, value in op.net.items()},
         "tokens": np.asarray(op.tokens),
-        "n_tokens": op.n_tokens,
     }
     if op.history is None:
         return found

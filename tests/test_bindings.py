@@ -93,6 +93,20 @@ def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
     }
 
 
+def denoise_keys(key: str = "denoise") -> dict[str, str]:
+    layers = {"attend": ("", "_out", "_gain", "_bias"), "feed": ("_gain", "_bias", "_in", "_in_bias", "_out")}
+    layers |= {"read": ("_query", "_key", "_value", "_out"), "last": ("_gain", "_bias"), "join": ("", "_bias")}
+    names = [f"{layer}{part}" for layer, parts in layers.items() for part in parts]
+    names += ["gene", "gene_out", "gene_bias", "count", "depth", "log_depth", "log_theta", "inducing"]
+    return {
+        **{f"uns/{key}{part}": "mapping" for part in ("", "/params", "/net", "/history")},
+        **{f"uns/{key}/net/{name}": "float32" for name in names},
+        **{f"uns/{key}/history/{name}": "float64" for name in ("train", "validation")},
+        **{f"uns/{key}/{name}": "float" for name in ("validation", "validation_gene_mean")},
+        f"uns/{key}/tokens": "int32",
+    }
+
+
 def distribution_keys(key: str) -> dict[str, str]:
     return {
         f"varm/{key}": "float32",
@@ -259,6 +273,26 @@ CASES = [
         {"obsm/X_magic": "float32", "uns/magic/genes": "object", **magic_keys("magic", layer=False)},
         {"genes": ["PARK7", "HES4"], "neighbors_key": "neighbors"},
         matrix=True,
+    ),
+    Case(
+        "denoise",
+        "pp.denoise",
+        "counts",
+        {"layers/denoised": "float32", **denoise_keys()},
+        {"max_epochs": 1, "progress": False},
+        keyed={"layers/mine": "float32", **denoise_keys("mine")},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "denoise_genes",
+        "pp.denoise",
+        "counts",
+        {"obsm/X_denoised": "float32", **denoise_keys()},
+        {"genes": ["TNFRSF4", "HES4"], "max_epochs": 1, "progress": False},
+        keyed={"obsm/X_mine": "float32", **denoise_keys("mine")},
+        matrix=True,
+        counts=True,
     ),
     Case(
         "solo",
@@ -739,6 +773,10 @@ REFUSED = [
     ("vae", {"max_epochs": 0}, ValueError, "max_epochs=0"),
     ("vae", {"patience": 0}, ValueError, "patience=0"),
     ("vae", {"library_size": 0}, ValueError, "library_size=0"),
+    ("denoise", {"genes": ["absent"]}, KeyError, r"'absent'.*Available"),
+    ("denoise", {"genes": []}, KeyError, "Available"),
+    ("denoise", {"max_epochs": 0}, ValueError, "max_epochs=0"),
+    ("denoise", {"patience": 0}, ValueError, "patience=0"),
     ("solo", {"doublet_rate": 1.0}, ValueError, "doublet_rate=1"),
     ("solo", {"threshold": 0.0}, ValueError, "threshold=0"),
     ("solo", {"doublet_ratio": 0}, ValueError, "doublet_ratio=0"),

@@ -169,6 +169,21 @@ CASES = [
         for name, settings in (("nb", {}), ("zinb", {"likelihood": "zinb", "dispersion": "gene-batch"}))
     ),
     Case(
+        "denoise",
+        lambda: ops.Denoise(
+            columns=np.arange(0, GENES, 3),
+            n_hidden=8,
+            n_inducing=4,
+            training=ops.DenoiseTraining(max_epochs=2, batch_size=64),
+        ),
+        lambda d: (d.counts,),
+        lambda r: r.denoised,
+        budget=150,
+        learns=("net",),
+        # Which cells share a minibatch depends on their order.
+        equivariant=False,
+    ),
+    Case(
         "cell_weights",
         lambda: ops.CellWeights(cutoff=jnp.asarray([-0.5, 0.8, 0.1]), temperature=0.5, sides=((0, 1), (0, -1), (1, 1))),
         lambda d: (d.coordinates[:, 0], d.coordinates[:, 1]),

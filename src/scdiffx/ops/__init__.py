@@ -4,6 +4,7 @@ from scdiffx._core.counts import Counts
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._cell_weights import CellWeights
+from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
@@ -25,6 +26,9 @@ __all__ = [
     "VAE",
     "CellWeights",
     "Counts",
+    "Denoise",
+    "DenoiseResult",
+    "DenoiseTraining",
     "DifferentialDistribution",
     "DifferentialDistributionResult",
     "DiffusionMap",

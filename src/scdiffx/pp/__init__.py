@@ -1,6 +1,7 @@
 """Preprocessing: scanpy's `sc.pp`, each step a differentiable operator."""
 
 from scdiffx.pp._cell_weights import cell_weights
+from scdiffx.pp._denoise import denoise
 from scdiffx.pp._highly_variable import highly_variable_genes
 from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
@@ -13,6 +14,7 @@ from scdiffx.pp._vae import vae
 
 __all__ = [
     "cell_weights",
+    "denoise",
     "highly_variable_genes",
     "log1p",
     "magic",

@@ -11,7 +11,7 @@ from helpers import called, pbmc_counts
 from scdiffx import ops
 from scdiffx.ops._solo import simulated
 
-SHORT = ops.VAE(n_hidden=64, training=ops.Training(max_epochs=60, batch_size=64))
+SHORT = ops.VAE(n_hidden=64, training=ops.Training(max_epochs=40, batch_size=64))
 
 
 def planted(counts: sp.csr_matrix, rate: float, thinned: bool, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
@@ -30,7 +30,7 @@ def planted(counts: sp.csr_matrix, rate: float, thinned: bool, seed: int = 0) ->
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[ops.Solo, ops.Counts, np.ndarray]:
-    counts, truth = planted(pbmc_counts().X, 0.1, thinned=True)
+    counts, truth = planted(pbmc_counts(500, 400).X, 0.1, thinned=True)
     x = ops.Counts.from_scipy(counts)
     return ops.Solo(vae=SHORT).init(x), x, truth
 

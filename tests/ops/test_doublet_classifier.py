@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import anndata as ad
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import scdiffx as sd
 from conftest import _read
-from helpers import called, directional_fd, pbmc_counts, random_direction
+from helpers import QUICK, called, directional_fd, pbmc_counts, random_direction
 from scdiffx import ops
 from scdiffx._core.fields import replace
 from scdiffx.ops._co_expression import co_expression, log_upper_tail
@@ -156,16 +158,18 @@ def test_the_fit_has_the_derivative_of_its_solution() -> None:
     features = features.at[40:, 0].add(1)
     direction = jnp.asarray(random_direction(np.asarray(features)))
 
-    def value(f: jax.Array) -> jax.Array:
-        return (fitted(f, singlet, 0.5) * jnp.arange(1.0, 6.0)).sum()
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def found(f: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.value_and_grad(lambda f: (fitted(f, singlet, 0.5) * jnp.arange(1.0, 6.0)).sum())(f)
 
-    numeric = directional_fd(jax.jit(value), features, direction)
-    np.testing.assert_allclose((jax.grad(value)(features) * direction).sum(), numeric[1], rtol=1e-7)
+    numeric = directional_fd(lambda f: found(f)[0], features, direction)
+    np.testing.assert_allclose((found(features)[1] * direction).sum(), numeric[1], rtol=1e-7)
 
 
 def test_separable_classes_have_a_finite_fit() -> None:
     features = jnp.r_[jnp.full(20, -1.0), jnp.full(20, 1.0)][:, None].astype(jnp.float32)
-    weights = np.asarray(fitted(features, jnp.ones(20, bool), 1.0))
+    solve = jax.jit(lambda f: fitted(f, jnp.ones(20, bool), 1.0), compiler_options=QUICK)
+    weights = np.asarray(solve(features))
     theirs = LogisticRegression(C=1.0, tol=1e-10).fit(features, np.arange(40) >= 20)
     np.testing.assert_allclose(weights, [theirs.coef_[0, 0], 0], atol=1e-4)
 
@@ -180,6 +184,7 @@ def test_soft_votes_count_at_a_small_temperature(ready: tuple) -> None:
     assert same.mean() > 0.95
 
 
+@pytest.mark.slow
 def test_planted_doublets_are_found_better_than_by_neighbours() -> None:
     counts = sp.csr_matrix(_read("pbmc_4271").X)[:1500].astype(np.float32)
     rng = np.random.default_rng(0)
@@ -204,12 +209,17 @@ def test_planted_doublets_are_found_better_than_by_neighbours() -> None:
 
 
 def test_batches_and_a_given_threshold() -> None:
-    adata = pbmc_counts(300, 150)
-    adata.obs["batch"] = np.where(np.arange(300) % 2 == 0, "a", "b")
-    alone = adata[adata.obs["batch"] == "b"].copy()
+    # The first batch has the counts of the second with the genes reversed: other cells, for the same compiled code.
+    alone = pbmc_counts(100, 80)
+    rows = np.repeat(np.arange(100), 2)
+    adata = ad.AnnData(sp.csr_matrix(alone.X[rows]))
+    adata.obs["batch"] = np.where(np.arange(200) % 2 == 0, "a", "b")
+    adata.X[::2] = alone.X[:, ::-1]
     for data, batch_key in ((adata, "batch"), (alone, None)):
         sd.pp.scrublet(data, method="classifier", batch_key=batch_key, threshold=0.2)
-    np.testing.assert_allclose(adata.obs["doublet_score"][adata.obs["batch"] == "b"], alone.obs["doublet_score"])
+    own = adata.obs["batch"] == "b"
+    np.testing.assert_allclose(adata.obs["doublet_score"][own], alone.obs["doublet_score"])
+    assert np.abs(adata.obs["doublet_score"][~own].to_numpy() - alone.obs["doublet_score"].to_numpy()).max() > 0.01
     assert alone.uns["scrublet"]["threshold"] == 0.2
     assert adata.uns["scrublet"]["batches"]["b"]["parameters"]["method"] == "classifier"
 

@@ -29,6 +29,8 @@ _PATIENCE = 8
 _HELD = 0.1
 _DECAY = 1e-4
 _NOT_VARYING = 1e-6
+# The share of doublets that is found counts up to so many times more or less than the expected one.
+_TRUST = 4
 
 
 class SoloResult(NamedTuple):
@@ -44,8 +46,9 @@ class Solo:
 
     `init` trains the autoencoder (unless `vae` has weights), adds up random pairs of cells of the same batch, two of
     three sums thinned to the depth of another cell so that depth alone does not decide, and trains the classifier
-    with early stopping. Its log odds are then divided by a temperature fitted on held-out cells, and moved from the
-    share of simulated doublets in training to `doublet_rate`, their expected share among the cells.
+    with early stopping. Its log odds are then divided by a temperature fitted on held-out cells, and moved until the
+    mean probability is the share of doublets: the geometric mean of `doublet_rate`, the expected one, and twice the
+    share of cells above the median of the simulated doublets, taken within a factor of four of `doublet_rate`.
     """
 
     net: Net | None = learnable(default=None)
@@ -163,7 +166,7 @@ def _trained(op: Solo, real: np.ndarray, made: np.ndarray, rng: np.random.Genera
     held = rng.random(len(doublet)) < _HELD
     history: dict[str, list[float]] = {"train": [], "validation": []}
     net = _fit(op, features, doublet, held, history, rng)
-    net = _calibrated(net, features[held], doublet[held], op.doublet_rate)
+    net = _calibrated(net, features, doublet, held, op.doublet_rate)
     return net, {name: np.asarray(values) for name, values in history.items()}
 
 
@@ -200,20 +203,30 @@ def _fit(
 _held_entropy = jax.jit(_entropy)
 
 
-def _calibrated(net: Net, features: np.ndarray, doublet: np.ndarray, rate: float) -> Net:
+def _calibrated(net: Net, features: np.ndarray, doublet: np.ndarray, held: np.ndarray, rate: float) -> Net:
     """Divide the log odds by the temperature that suits held-out cells best, and move them to the cells' own share.
 
     The cells that the simulated doublets are compared with hold doublets too. So the odds are densities of doublets
-    over those of *all* cells, and times the share of doublets they are the probability itself, not its odds.
+    over those of *all* cells, and times the share of doublets they are the probability itself, not its odds. For the
+    same reason training cannot tell the share: every share under which no probability is above 1 explains the cells.
+    Half of the doublets must lie above the median of the simulated ones, though, and few other cells do.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import brentq, minimize_scalar
 
     odds = np.asarray(logit(net, jnp.asarray(features)), np.float64)
+    odds_held, doublet_held = odds[held], doublet[held]
 
     def cost(log_sharpness: float) -> float:
-        scaled = math.exp(log_sharpness) * odds
-        return float((np.logaddexp(0, scaled) - doublet * scaled).mean())
+        scaled = math.exp(log_sharpness) * odds_held
+        return float((np.logaddexp(0, scaled) - doublet_held * scaled).mean())
 
     sharpness = math.exp(minimize_scalar(cost, bounds=(-2, 2), method="bounded").x)
-    prior = math.log(rate) - math.log(doublet.mean() / (1 - doublet.mean()))
+    real, made = sharpness * odds[doublet == 0], sharpness * odds[doublet == 1]
+    found = min(1.0, 2 * float((real > np.median(made)).mean()))
+    share = math.sqrt(rate * min(max(found, rate / _TRUST), rate * _TRUST))
+
+    def missing(prior: float) -> float:
+        return float(np.exp(np.minimum(real + prior, 0)).mean()) - share
+
+    prior = brentq(missing, math.log(share) - real.max() - 1, 1 - real.min())
     return {**net, "sharpness": np.float32(sharpness), "prior": np.float32(prior)}

@@ -31,6 +31,8 @@ _STEPS = 5_000
 _LOG_THETA = (-7.0, 9.0)
 _LOG_STD = (-6.0, 3.0)
 _DROPOUT = 0.3
+# The dispersions lie orders of magnitude apart: at the rate of the weights they would not get there.
+_DISPERSION_RATE = 10
 
 
 class Training(NamedTuple):
@@ -292,8 +294,7 @@ def _train_step(
     net, optimizer_state = state
     (_, value), grads = jax.value_and_grad(cost, has_aux=True)(net)
     steps, optimizer_state = _optimizer().update(grads, optimizer_state)
-    # The dispersions lie orders of magnitude apart: at the rate of the weights they would not get there.
-    rates = {name: 10 * rate if name == "log_theta" else rate for name in net}
+    rates = {name: _DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
     return ({name: net[name] - rates[name] * steps[name] for name in net}, optimizer_state), value
 
 

@@ -44,7 +44,8 @@ def solo(
     batch_key
         Column of `adata.obs` with the batch: doublets form within one, and the autoencoder corrects for it.
     doublet_rate
-        Expected share of doublets, between 0 and 1; the probabilities scale with it.
+        Expected share of doublets, between 0 and 1. The probabilities add up to the geometric mean of it and of what
+        the classifier finds itself.
     doublet_ratio
         Simulated doublets for each cell.
     threshold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,11 @@ from scdiffx.ops._ambient_estimates import (
     indicator,
     levels,
     likeliest,
+    plausible,
     prior_strength,
     seed_of,
     shares,
+    without_bursts,
 )
 
 __all__ = ["RemoveAmbient", "RemoveAmbientResult"]
@@ -75,22 +78,25 @@ class RemoveAmbient:
         return op if op.clusters is not None else op._estimated(csr, codes, x.dtype)
 
     def _estimated(self, csr: Any, codes: np.ndarray, dtype: Any) -> RemoveAmbient:
-        totals = np.asarray((indicator(codes, int(codes.max()) + 1) @ csr).todense())
-        ambient = shares(totals.sum(0) if self.ambient is None else np.asarray(self.ambient, np.float64))
-        level = levels(totals, ambient) if self.level is None else np.broadcast_to(self.level, len(totals))
-        found = gene_weights(csr, codes, totals, ambient, np.asarray(level, np.float64))
+        depth = np.asarray(csr.sum(1), np.float64).ravel()
+        k = int(codes.max()) + 1
+        mean, cut = without_bursts(csr, codes, k)
+        size = indicator(codes, k) @ depth
+        average = np.asarray(csr.sum(0), np.float64).ravel()
+        ambient = shares(average if self.ambient is None else np.asarray(self.ambient, np.float64))
+        level = levels(mean, size, ambient) if self.level is None else np.broadcast_to(self.level, k)
+        level = np.asarray(level, np.float64)
+        found = gene_weights(cut, codes, depth, mean, ambient, level)
         arrays = (jnp.asarray(ambient, dtype), jnp.asarray(level, dtype))
         op = replace(self, ambient=arrays[0], level=arrays[1])
         op = replace(op, clusters=jax.tree.map(lambda a: jnp.asarray(a, dtype), found))
         if op.concentration is not None:
             return op
-        depth = np.asarray(csr.sum(1), np.float64).ravel()
-        deviation = (np.asarray(csr @ found.weights.T) - depth[:, None] * (found.weights * found.mean).sum(1))[
-            np.arange(len(codes)), codes
-        ] / np.maximum(depth, 1)
+        own = np.arange(len(codes)), codes
+        said = np.asarray(cut @ found.weights.T)[own] / np.maximum(depth, 1)
+        deviation = said - (found.weights * mean).sum(1)[codes]
         variance = found.noise[codes, 0] / np.maximum(depth, 1) + found.noise[codes, 1]
-        strength = prior_strength(deviation, variance, np.asarray(level, np.float64)[codes])
-        return replace(op, concentration=jnp.asarray(strength, dtype))
+        return replace(op, concentration=jnp.asarray(prior_strength(deviation, variance, level[codes]), dtype))
 
     def __call__(self, x: C.Matrix, groups: Array | None = None) -> RemoveAmbientResult:
         """`groups` is of use to `init` alone."""
@@ -114,7 +120,8 @@ class RemoveAmbient:
         own = self.membership
         depth = C.row_sums(x)
         inverse = jnp.where(depth > 0, 1 / jnp.where(depth > 0, depth, 1), 0)
-        said = jnp.take_along_axis(C.matmul(x, weights.T), own[:, None], 1)[:, 0] * inverse
+        cut = _by_entry(x, own, lambda value, cell, gene: jnp.minimum(value, plausible(cell(depth) * gene(mean))))
+        said = jnp.take_along_axis(C.matmul(cut, weights.T), own[:, None], 1)[:, 0] * inverse
         gain = (weights * (ambient - native)).sum(1)
         gain = jnp.where(gain > 0, gain, 1)
         base, expected = level[own, 0], (weights * mean).sum(1)[own]
@@ -128,27 +135,33 @@ class RemoveAmbient:
         return fraction, depth
 
 
+def _by_entry(x: C.Matrix, own: Array, f: Callable[[Array, Any, Any], Array]) -> C.Matrix:
+    """Apply `f(values, cell, gene)` with f(0) = 0 to the entries.
+
+    `cell` takes what belongs to an entry from an array (cells,), and `gene` from one (genes,) or (clusters, genes).
+    """
+    if not isinstance(x, C.Counts):
+        return f(x, lambda a: a[:, None], lambda a: a if a.ndim == 1 else a[own])
+    rows = x.block_rows
+    row = rows * jnp.arange(x.data.shape[0])[:, None] + x.row
+    row = jnp.minimum(row, x.shape[0] - 1)
+    new = f(x.data, lambda a: a[row], lambda a: a[x.column] if a.ndim == 1 else a[own[row], x.column])
+    return x.with_data(jnp.where(x.row < rows, new, 0))
+
+
 def _corrected(
     x: C.Matrix, own: Array, fraction: Array, depth: Array, ambient: Array, native: Float[Array, "clusters genes"]
 ) -> C.Matrix:
     """What remains of each count after its expected ambient part."""
 
-    def remaining(value: Array, rho: Array, size: Array, a: Array, p: Array) -> Array:
-        soup = rho * a
-        total = soup + (1 - rho) * p
+    def remaining(value: Array, cell: Any, gene: Any) -> Array:
+        soup = cell(fraction) * gene(ambient)
+        total = soup + (1 - cell(fraction)) * gene(native)
         share = jnp.where(total > 0, soup / jnp.where(total > 0, total, 1), 0)
         # A count far above what soup gives, as in a doublet, is not soup, however rare the gene is in the cluster.
-        rate = size * soup
-        most = rate + 3 * jnp.where(rate > 0, jnp.sqrt(jnp.where(rate > 0, rate, 1)), 0) + 2
-        return value - jnp.minimum(value * share, most)
+        return value - jnp.minimum(value * share, plausible(cell(depth) * soup))
 
-    if not isinstance(x, C.Counts):
-        return remaining(x, fraction[:, None], depth[:, None], ambient, native[own])
-    blocks, rows = x.data.shape[0], x.block_rows
-    row = jnp.minimum(x.row, rows - 1) + rows * jnp.arange(blocks)[:, None]
-    row = jnp.minimum(row, x.shape[0] - 1)
-    left = remaining(x.data, fraction[row], depth[row], ambient[x.column], native[own[row], x.column])
-    return x.with_data(jnp.where(x.row < rows, left, 0))
+    return _by_entry(x, own, remaining)
 
 
 def _rounded(x: C.Matrix, corrected: C.Matrix, seed: int) -> C.Matrix:

@@ -18,7 +18,7 @@ from scdiffx.ops._neighbors import Neighbors
 from scdiffx.ops._normalize import Log1p, NormalizeTotal
 from scdiffx.ops._pca import PCA
 
-__all__ = ["Clusters", "clustered", "gene_weights", "indicator", "levels", "likeliest", "prior_strength", "seed_of", "shares"]
+__all__ = ["Clusters", "clustered", "gene_weights", "indicator", "levels", "likeliest", "plausible", "prior_strength", "seed_of", "shares", "without_bursts"]
 
 # Clusters: genes found in so many cells, neighbours, components; fewer cells are not clustered.
 _MIN_CELLS_OF_GENE = 3
@@ -37,6 +37,7 @@ _MISMATCH = 0.15
 _TAIL = 0.05
 _RATIOS = np.concatenate([[1e-4], np.geomspace(3e-3, 1, 80)])
 _EM_STEPS = 200
+_ROUNDS = 2
 # Pairs of all clusters together count as this many pairs of each.
 _PRIOR_PAIRS = 100
 # Weights: the most abundant genes; natural variation is correlated between genes, so it counts several-fold.
@@ -94,20 +95,41 @@ def indicator(codes: np.ndarray, clusters: int) -> Any:
     return sp.csr_matrix((np.ones(n), (codes, np.arange(n))), shape=(clusters, n))
 
 
+def plausible(expected: Any, xp: Any = jnp) -> Any:
+    """The most that is likely of a gene with this expectation; beyond lie doublets and bursts of single cells."""
+    positive = expected > 0
+    return 3 * expected + 3 * xp.where(positive, xp.sqrt(xp.where(positive, expected, 1)), 0) + 2
+
+
+def without_bursts(csr: Any, codes: np.ndarray, clusters: int) -> tuple[np.ndarray, Any]:
+    """Shares of the genes in each cluster (clusters, genes), and the counts, both cut at what is plausible of them."""
+    member = indicator(codes, clusters)
+    depth = np.asarray(csr.sum(1), np.float64).ravel()
+    size = (member @ depth)[:, None]
+    size = np.where(size > 0, size, 1)
+    row = np.repeat(np.arange(len(depth)), np.diff(csr.indptr))
+    cut = csr
+    for _ in range(_ROUNDS):
+        mean = np.asarray((member @ cut).todense()) / size
+        cut = csr.copy()
+        cut.data = np.minimum(csr.data, plausible(depth[row] * mean[codes[row], csr.indices], np))
+    return np.asarray((member @ cut).todense()) / size, cut
+
+
 def shares(totals: np.ndarray) -> np.ndarray:
     """Rows over their sums; a row of zeros stays."""
     size = totals.sum(-1, keepdims=True)
     return totals / np.where(size > 0, size, 1)
 
 
-def levels(totals: np.ndarray, ambient: np.ndarray) -> np.ndarray:
+def levels(mean: np.ndarray, size: np.ndarray, ambient: np.ndarray) -> np.ndarray:
     """The ambient fraction of each cluster, from genes that are specific to other clusters.
 
     Where a gene is not expressed, the ratio of its share in the cluster to that in the soup is the fraction itself, and
     elsewhere it is higher. So the fraction is the lower end of the ratios' distribution, with the noise of counts and
     of the soup's measured composition deconvolved. 0 where no gene is specific enough to tell.
     """
-    expected = totals.sum(1, keepdims=True) * ambient
+    expected, totals = size[:, None] * ambient, size[:, None] * mean
     ratio = totals / np.where(expected > 0, expected, 1)
     specific = np.where(expected > _EXPECTED_OWN, ratio, 0).max(0) >= _SPECIFIC
     pairs = specific & (expected > _EXPECTED) & (ratio < 1)
@@ -139,25 +161,24 @@ def _lower_end(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(max(0, 2 * low - high))
 
 
-def _dispersion(csr: Any, member: Any, totals: np.ndarray) -> np.ndarray:
+def _dispersion(csr: Any, member: Any, depth: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Variance beyond Poisson's over the squared mean, of each gene within the clusters."""
-    depth = np.asarray(csr.sum(1), np.float64).ravel()
     squares = csr.copy()
     squares.data = squares.data**2
-    share, length = shares(totals), (member @ depth**2)[:, None]
+    length = (member @ depth**2)[:, None]
     cross = np.asarray((member @ sp.diags(depth) @ csr).todense())
-    square = np.asarray((member @ squares).todense())
-    excess = (square - 2 * cross * share + length * share**2 - totals).sum(0)
-    scale = (length * share**2).sum(0)
+    square, total = (np.asarray((member @ m).todense()) for m in (squares, csr))
+    excess = (square - 2 * cross * mean + length * mean**2 - total).sum(0)
+    scale = (length * mean**2).sum(0)
     return np.clip(excess / np.where(scale > 0, scale, 1), 0.01, 10)
 
 
-def gene_weights(csr: Any, codes: np.ndarray, totals: np.ndarray, ambient: np.ndarray, level: np.ndarray) -> Clusters:
+def gene_weights(
+    csr: Any, codes: np.ndarray, depth: np.ndarray, mean: np.ndarray, ambient: np.ndarray, level: np.ndarray
+) -> Clusters:
     """The weights of a generalised least-squares estimate of a cell's fraction, given its cluster's composition."""
-    k = len(totals)
-    mean, level = shares(totals), np.maximum(level, _LEAST_LEVEL)[:, None]
-    dispersion = _dispersion(csr, indicator(codes, k), totals)
-    depth = np.asarray(csr.sum(1), np.float64).ravel()
+    k, level = len(mean), np.maximum(level, _LEAST_LEVEL)[:, None]
+    dispersion = _dispersion(csr, indicator(codes, k), depth, mean)
     typical = np.array([np.median(depth[codes == c]) if (codes == c).any() else 1 for c in range(k)])[:, None]
     native = np.clip(mean - level * ambient, 0, None)
     molecules = np.maximum(mean, level * ambient)

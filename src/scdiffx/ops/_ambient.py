@@ -142,11 +142,19 @@ def _by_entry(x: C.Matrix, own: Array, f: Callable[[Array, Any, Any], Array]) ->
     """
     if not isinstance(x, C.Counts):
         return f(x, lambda a: a[:, None], lambda a: a if a.ndim == 1 else a[own])
-    rows = x.block_rows
-    row = rows * jnp.arange(x.data.shape[0])[:, None] + x.row
-    row = jnp.minimum(row, x.shape[0] - 1)
-    new = f(x.data, lambda a: a[row], lambda a: a[x.column] if a.ndim == 1 else a[own[row], x.column])
-    return x.with_data(jnp.where(x.row < rows, new, 0))
+    n, genes, rows = *x.shape, x.block_rows
+
+    # Block by block, and anew on the way back: what is looked up for the entries takes several times their memory.
+    @jax.checkpoint
+    def block(part: tuple[Array, Array, Array]) -> Array:
+        data, position, start = part
+        row, column = position // genes, position % genes
+        here = jnp.minimum(start + row, n - 1)
+        new = f(data, lambda a: a[here], lambda a: a[column] if a.ndim == 1 else a[own[here], column])
+        return jnp.where(row < rows, new, 0)
+
+    starts = rows * jnp.arange(x.data.shape[0], dtype=jnp.int32)
+    return x.with_data(jax.lax.map(block, (x.data, x.position, starts)))
 
 
 def _corrected(

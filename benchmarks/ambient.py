@@ -8,8 +8,8 @@ clusters found by the method ("clusters"), beside SoupX's one level for all cell
 types; "-" where it finds no marker) and the best constant, which is told the mean. "told" is the maximum of the Poisson
 likelihood that is told the soup and each type's composition before planting: natural variation and depth alone stand
 between it and the truth. Real cells hold a soup of their own, of unknown size. "cleaned" cells had SoupX's own
-correction before planting, at the level it estimates (at 10 % where it finds no marker), so that the planted fraction is
-nearly all there is; in the others what was there before counts as error. The soup is that of the data set, or the
+correction before planting, at the level it estimates (at 10 % where it finds no marker), so that the planted fraction
+is nearly all there is; in the others what was there before counts as error. The soup is that of the data set, or the
 average cell, and the methods are given 500,000 molecules of it.
 
 clean: the mean fraction found in cells without planted soup: simulated ones and cleaned ones. "raw" are real cells.
@@ -37,8 +37,8 @@ import scdiffx as sd
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = {"soupx_pbmc": "annotation", "paul15": "paul15_clusters", "pbmc_4271": "label", "mixology_sc": "type"}
-IMMUNOGLOBULINS = "IGKC IGHM IGHD IGHA1 IGHA2 IGHG1 IGHG2 IGHG3 IGHG4 IGLC2 IGLC3 JCHAIN".split()
-HAEMOGLOBINS = "HBB HBA1 HBA2 HBD".split()
+IMMUNOGLOBULINS = "IGKC IGHM IGHD IGHA1 IGHA2 IGHG1 IGHG2 IGHG3 IGHG4 IGLC2 IGLC3 JCHAIN"
+HAEMOGLOBINS = "HBB HBA1 HBA2 HBD"
 MARKERS = {
     "T_CD4": "CD3D CD3E IL7R TRAC",
     "T_CD8": "CD3D CD3E CD8A CD8B TRAC",
@@ -132,7 +132,9 @@ def cleaned(counts: sp.csr_matrix, types: np.ndarray, soup: np.ndarray) -> sp.cs
     keep = np.clip(1 - expected / np.where(totals > 0, totals, 1), 0, 1)
     row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     new = counts.copy()
-    new.data = np.random.default_rng(0).binomial(counts.data.astype(int), keep[types[row], counts.indices]).astype(float)
+    new.data = (
+        np.random.default_rng(0).binomial(counts.data.astype(int), keep[types[row], counts.indices]).astype(float)
+    )
     new.eliminate_zeros()
     return new
 
@@ -200,7 +202,7 @@ def show_clean() -> None:
 
 
 def fall(before: np.ndarray, after: np.ndarray) -> str:
-    return f"{1 - after.sum() / before.sum():>6.1%} of {before.sum():,.0f}"
+    return f"{1 - after.sum() / before.sum():.1%} of {before.sum():,.0f}" if before.sum() else "none there"
 
 
 def show_soup() -> None:
@@ -222,14 +224,14 @@ def show_soup() -> None:
         result = sd.pp.remove_ambient(adata, **{"empty_profile": soup, **settings}, copy=True)
         clock = time.process_time() - clock
         native = result.layers["decontaminated"]
-        exact = ((native + (adata.X - native)) != adata.X).nnz == 0 and 0 <= native.data.min()
+        exact = ((native + (adata.X - native)) != adata.X).nnz == 0 and native.data.min() >= 0
         exact &= (adata.X - native).data.min() >= 0
         print(f"{name}: mean {result.obs['ambient_fraction'].mean():.3f}, exact {exact}, {clock:.1f} s")
         results[name] = sp.csr_matrix(native).astype(np.float64)
     for name, native in results.items():
         print(name)
         for what, genes in {"immunoglobulins": IMMUNOGLOBULINS, "haemoglobins": HAEMOGLOBINS}.items():
-            at = adata.var_names.get_indexer([g for g in genes if g in adata.var_names])
+            at = adata.var_names.get_indexer([g for g in genes.split() if g in adata.var_names])
             before, after = (m[away][:, at].toarray() for m in (counts, native))
             burst = stats.poisson.sf(before - 1, 0.5 * depth[away] * soup[at]) < 1e-6
             rest = fall(before[~burst], after[~burst])

@@ -70,6 +70,8 @@ class RemoveAmbient:
         csr = host_csr(x).astype(np.float64)
         if groups is not None:
             codes = np.asarray(groups)
+            if self.clusters is not None and codes.max() >= len(self.clusters.mean):
+                raise ValueError(f"there are {codes.max() + 1} groups, but {len(self.clusters.mean)} were known before")
         elif self.clusters is not None:
             codes = likeliest(csr, np.asarray(self.clusters.mean))
         else:
@@ -103,21 +105,21 @@ class RemoveAmbient:
         if self.clusters is None or self.membership is None:
             raise ValueError("RemoveAmbient needs its clusters: call `op = op.init(x)` first")
         ambient, level = jnp.asarray(self.ambient, x.dtype), jnp.asarray(self.level, x.dtype)[:, None]
-        mean = self.clusters.mean.astype(x.dtype)
+        mean = jnp.asarray(self.clusters.mean, x.dtype)
         native = jnp.maximum(mean - level * ambient, 0) / (1 - level)
-        fraction, depth = self._fraction(x, ambient, level, native)
-        step = mean**_STEEPNESS
-        soup = (_FOLD * level * ambient) ** _STEEPNESS
-        off_or_on = native * step / jnp.where(step + soup > 0, step + soup, 1)
-        corrected = _corrected(x, self.membership, fraction, depth, ambient, off_or_on)
+        fraction, depth = self._fraction(x, self.clusters, self.membership, ambient, level, native)
+        # A native share lies above the level, so the ratio is bounded where it is used.
+        near = jnp.where(native > 0, _FOLD * level * ambient / jnp.where(native > 0, mean, 1), 0)
+        corrected = _corrected(x, self.membership, fraction, depth, ambient, native / (1 + near**_STEEPNESS))
         if self.seed is not None:
             corrected = _rounded(x, corrected, self.seed)
         return RemoveAmbientResult(corrected, fraction)
 
-    def _fraction(self, x: C.Matrix, ambient: Array, level: Array, native: Array) -> tuple[Array, Array]:
+    def _fraction(
+        self, x: C.Matrix, clusters: Clusters, own: Array, ambient: Array, level: Array, native: Array
+    ) -> tuple[Array, Array]:
         """The cells' ambient fractions, and their depths."""
-        mean, weights, noise = (a.astype(x.dtype) for a in self.clusters)  # type: ignore[union-attr]
-        own = self.membership
+        mean, weights, noise = (jnp.asarray(a, x.dtype) for a in clusters)
         depth = C.row_sums(x)
         inverse = jnp.where(depth > 0, 1 / jnp.where(depth > 0, depth, 1), 0)
         cut = _by_entry(x, own, lambda value, cell, gene: jnp.minimum(value, plausible(cell(depth) * gene(mean))))

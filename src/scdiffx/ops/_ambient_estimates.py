@@ -18,7 +18,19 @@ from scdiffx.ops._neighbors import Neighbors
 from scdiffx.ops._normalize import Log1p, NormalizeTotal
 from scdiffx.ops._pca import PCA
 
-__all__ = ["Clusters", "clustered", "gene_weights", "indicator", "levels", "likeliest", "plausible", "prior_strength", "seed_of", "shares", "without_bursts"]
+__all__ = [
+    "Clusters",
+    "clustered",
+    "gene_weights",
+    "indicator",
+    "levels",
+    "likeliest",
+    "plausible",
+    "prior_strength",
+    "seed_of",
+    "shares",
+    "without_bursts",
+]
 
 # Clusters: genes found in so many cells, neighbours, components; fewer cells are not clustered.
 _MIN_CELLS_OF_GENE = 3
@@ -56,9 +68,9 @@ class Clusters(NamedTuple):
     (clusters, 2): the variance of what they say, per inverse depth and constant.
     """
 
-    mean: Float[Array, "clusters genes"]
-    weights: Float[Array, "clusters genes"]
-    noise: Float[Array, "clusters 2"]
+    mean: Float[Array | np.ndarray, "clusters genes"]
+    weights: Float[Array | np.ndarray, "clusters genes"]
+    noise: Float[Array | np.ndarray, "clusters 2"]
 
 
 def clustered(x: C.Matrix, seed: int) -> np.ndarray:
@@ -195,7 +207,7 @@ def gene_weights(
     return Clusters(mean, weights, noise)
 
 
-def prior_strength(deviation: np.ndarray, variance: np.ndarray, level: np.ndarray) -> float:
+def prior_strength(deviation: np.ndarray, variance: Any, level: np.ndarray) -> float:
     """How closely the cells' fractions keep to their levels: the inverse of their squared relative deviation."""
     scale = float((level**2).sum())
     low, high = _SPREAD

@@ -68,10 +68,11 @@ def ambient(
         raise KeyError(f"`adata.obs` has no {column!r}: run `sd.pp.remove_ambient` first")
     fraction = adata.obs[column].to_numpy(np.float64)
     if kind == "genes":
-        observed = adata.X if layer is None else lookup(adata.layers, layer, "layer", "layers")
-        totals = [np.asarray(m.sum(0), np.float64).ravel() for m in (observed, adata.layers[corrected])]
+        observed: Any = adata.X if layer is None else lookup(adata.layers, layer, "layer", "layers")
+        both: tuple[Any, Any] = (observed, adata.layers[corrected])
+        before, after = (np.asarray(m.sum(0), np.float64).ravel() for m in both)
         given, ax = ax, new_axes(ax, (5.0, 1.0 + 0.22 * min(n_genes, adata.n_vars)))
-        _genes(ax, *totals, np.asarray(adata.var_names), n_genes)
+        _genes(ax, before, after, np.asarray(adata.var_names), n_genes)
     elif groupby is not None:
         groups = lookup(adata.obs, groupby, "groupby", "obs").astype("category")
         given, ax = ax, new_axes(ax, (6.4, 1.2 + 0.3 * len(groups.cat.categories)))

@@ -177,7 +177,7 @@ def _described(empty_profile: Any) -> str:
     return "droplets" if is_anndata(empty_profile) else "given"
 
 
-def _soup(data: AnnData, empty_profile: Any, most: int) -> np.ndarray | None:
+def _soup(data: AnnData, empty_profile: Any, most: int) -> Any:
     """Shares of the genes in the soup, or None for the average cell."""
     if empty_profile is None:
         return None

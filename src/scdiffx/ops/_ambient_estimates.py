@@ -37,6 +37,8 @@ _MIN_CELLS_OF_GENE = 3
 _NEIGHBORS = 15
 _COMPS = 30
 _MIN_CELLS = 10
+# Coarse, for finer clusters divide the cells of a type by their contamination.
+_RESOLUTION = 0.4
 # A gene tells native from ambient if some cluster has so many times the soup's share of it ...
 _SPECIFIC = 3.0
 # ... and a cluster's count is looked at if so much is expected of pure soup (and a little less where it is specific).
@@ -74,7 +76,7 @@ class Clusters(NamedTuple):
 
 
 def clustered(x: C.Matrix, seed: int) -> np.ndarray:
-    """Leiden communities of the cells, by scanpy's recipe."""
+    """Coarse Leiden communities of the cells, by scanpy's recipe."""
     n = x.shape[0]
     if n < _MIN_CELLS:
         raise ValueError(f"finding clusters needs at least {_MIN_CELLS} cells, got {n}; pass groups instead")
@@ -92,7 +94,7 @@ def clustered(x: C.Matrix, seed: int) -> np.ndarray:
     z = pca(chosen, jnp.ones(len(genes), x.dtype)).scores
     near = Neighbors(n_neighbors=min(_NEIGHBORS, n - 1)).init(z)
     graph = near(z).connectivities
-    return np.asarray(Leiden(seed=seed).init(graph).membership)
+    return np.asarray(Leiden(resolution=_RESOLUTION, seed=seed).init(graph).membership)
 
 
 def likeliest(csr: Any, mean: np.ndarray) -> np.ndarray:

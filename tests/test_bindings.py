@@ -126,6 +126,18 @@ def magic_keys(key: str, layer: bool = True) -> dict[str, str]:
     }
 
 
+def ambient_keys(layer: str, prefix: str, *extra: str) -> dict[str, str]:
+    return {
+        f"layers/{layer}": "float32",
+        f"obs/{prefix}_fraction": "float32",
+        f"var/{prefix}_profile": "float32",
+        **{f"uns/{prefix}{part}": "mapping" for part in ("", "/params")},
+        f"uns/{prefix}/level": "float64",
+        f"uns/{prefix}/concentration": "float",
+        **{f"uns/{prefix}/{name}": "object" for name in extra},
+    }
+
+
 SCRUBLET = {
     "obs/doublet_score": "float64",
     "obs/predicted_doublet": "bool",
@@ -306,6 +318,26 @@ CASES = [
             "uns/solo/estimated_rate": "float",
         },
         {"max_epochs": 2, "batch_key": "batch", "progress": False},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "remove_ambient",
+        "pp.remove_ambient",
+        "counts",
+        ambient_keys("decontaminated", "ambient", "groups"),
+        {"groupby": "cell_type"},
+        keyed=ambient_keys("mine", "mine", "groups"),
+        matrix=True,
+        counts=True,
+    ),
+    Case(
+        "remove_ambient_clustered",
+        "pp.remove_ambient",
+        "counts",
+        ambient_keys("decontaminated", "ambient"),
+        {"contamination": 0.1},
+        keyed=ambient_keys("mine", "mine"),
         matrix=True,
         counts=True,
     ),
@@ -662,6 +694,9 @@ def test_one_cell_is_refused_or_has_a_finite_result(case: Case) -> None:
     elif case.function == "pp.cell_weights":
         call(case, adata)
         assert np.isfinite(adata.obs["cell_weight"]).all()
+    elif case.name == "remove_ambient":
+        call(case, adata)
+        assert adata.obs["ambient_fraction"].tolist() == [0]
     elif case.name == "magic_genes":
         call(case, adata)
         assert np.isfinite(adata.obsm["X_magic"]).all()
@@ -782,6 +817,13 @@ REFUSED = [
     ("solo", {"doublet_ratio": 0}, ValueError, "doublet_ratio=0"),
     ("solo", {"n_latent": 0}, ValueError, "n_latent=0"),
     ("solo", {"batch_key": "index"}, ValueError, "at least two cells"),
+    ("remove_ambient", {"groupby": "absent"}, KeyError, r"groupby='absent'.*'batch'"),
+    ("remove_ambient", {"groupby": "partial"}, ValueError, "missing for 1 of"),
+    ("remove_ambient", {"contamination": 1.0}, ValueError, "contamination=1"),
+    ("remove_ambient", {"empty_profile": np.ones(3)}, ValueError, r"\(3,\).*120 genes"),
+    ("remove_ambient", {"empty_profile": np.zeros(GENES)}, ValueError, "sum above 0"),
+    ("remove_ambient", {"empty_profile": np.full(GENES, np.nan)}, ValueError, "numbers of at least 0"),
+    ("remove_ambient", {"empty_profile": "soup"}, TypeError, "is a str"),
     ("diffmap", {"n_comps": 2}, ValueError, "n_comps=2"),
     ("pseudotime", {"root": None}, ValueError, "iroot"),
     ("pseudotime", {"root": CELLS}, ValueError, f"root={CELLS}"),

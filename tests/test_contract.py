@@ -192,6 +192,15 @@ CASES = [
         learns=("cutoff", "temperature"),
     ),
     Case(
+        "remove_ambient",
+        lambda: ops.RemoveAmbient(level=0.1),
+        lambda d: (d.counts,),
+        lambda r: (of_matrix(r.corrected), r.fraction),
+        budget=1_500,
+        learns=("ambient", "level", "concentration"),
+        start=lambda d: (d.counts, jnp.argmax(d.coordinates[:, :3], 1)),
+    ),
+    Case(
         "differential_distribution",
         lambda: ops.DifferentialDistribution(pairs=((0, 1), (1, -1)), temperature=0.4),
         lambda d: (d.coordinates, jax.nn.softmax(d.coordinates[:, :3], axis=1)),

@@ -273,3 +273,55 @@ def test_doublets_of_one_batch() -> None:
         sd.pl.doublets(scored(), batch="b", show=False)
     with pytest.raises(KeyError, match=r"sd\.pp\.scrublet"):
         sd.pl.doublets(ad.AnnData(np.zeros((2, 2))), show=False)
+
+
+def soaked() -> ad.AnnData:
+    rng = np.random.default_rng(0)
+    adata = ad.AnnData(rng.poisson(5, (90, 12)).astype(np.float32))
+    adata.obs["ambient_fraction"] = rng.beta(2, 30, 90).astype(np.float32)
+    adata.obs["type"] = pd.Categorical(np.array(["b", "a", "c"])[np.arange(90) % 3], categories=["a", "b", "c", "d"])
+    kept = adata.X.copy()
+    kept[:, 3] *= 0.2
+    kept[:, 5] *= 0.6
+    adata.layers["decontaminated"] = kept
+    return adata
+
+
+def test_ambient_draws_the_fractions_of_all_cells_and_of_groups() -> None:
+    adata = soaked()
+    ax = sd.pl.ambient(adata, show=False)
+    assert ax.patches[0].get_data().values.sum() == 90
+    median = np.median(adata.obs["ambient_fraction"])
+    assert ax.lines[0].get_xdata()[0] == pytest.approx(median)
+    assert ax.get_legend().get_texts()[0].get_text() == f"median {median:.1%}"
+    assert inside(ax)
+    ax = sd.pl.ambient(adata, groupby="type", show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a (30)", "b (30)", "c (30)"]
+    first = np.median(adata.obs["ambient_fraction"][adata.obs["type"] == "a"])
+    assert any(np.allclose(line.get_xdata(), first) for line in ax.lines)
+    assert inside(ax)
+
+
+def test_ambient_draws_the_genes_that_lost_most() -> None:
+    adata = soaked()
+    adata.obs["mine_fraction"] = adata.obs["ambient_fraction"]
+    adata.layers["mine"], adata.layers["counts"] = adata.layers["decontaminated"], adata.X
+    ax = sd.pl.ambient(adata, kind="genes", n_genes=2, key="mine", layer="counts", show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["3", "5"]
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [0.8, 0.4], rtol=1e-5)
+    assert inside(ax)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"kind": "cells"}, ValueError, r"kind='cells'.*'genes'"),
+        ({"n_genes": 0}, ValueError, "n_genes=0"),
+        ({"groupby": "absent"}, KeyError, r"groupby='absent'.*'type'"),
+        ({"kind": "genes", "layer": "absent"}, KeyError, r"layer='absent'.*'decontaminated'"),
+        ({"key": "absent"}, KeyError, r"run `sd\.pp\.remove_ambient` first"),
+    ],
+)
+def test_ambient_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        sd.pl.ambient(soaked(), show=False, **settings)

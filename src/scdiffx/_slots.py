@@ -136,10 +136,11 @@ class _Ordered:
 
 @dataclass(frozen=True, eq=False)
 class X(_Ordered):
-    """The cells x genes matrix, or a layer of the same shape."""
+    """The cells x genes matrix, or a layer of the same shape; a new layer has its non-zeros where `like` has them."""
 
     layer: str | None = None
     counts: bool = False
+    like: X | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, X) and self.layer == other.layer
@@ -161,7 +162,8 @@ class X(_Ordered):
     def host(self, adata: Any, value: Any) -> Any:
         if not isinstance(value, Counts):
             return np.asarray(value)
-        source = matrix_of(adata, None if self.layer not in adata.layers else self.layer)
+        here = self.layer if self.layer in adata.layers else None
+        source = matrix_of(adata, here if self.like is None else self.like.layer)
         csr = source.tocsr()
         new = type(csr)((value.host_values(csr.indptr), csr.indices.copy(), csr.indptr.copy()), shape=csr.shape)
         return new.asformat(source.format)

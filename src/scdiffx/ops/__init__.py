@@ -3,6 +3,7 @@
 from scdiffx._core.counts import Counts
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
+from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
 from scdiffx.ops._cell_weights import CellWeights
 from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
@@ -51,6 +52,8 @@ __all__ = [
     "Pattern",
     "Pseudotime",
     "PseudotimeResult",
+    "RemoveAmbient",
+    "RemoveAmbientResult",
     "Scale",
     "ScaleResult",
     "Scrublet",

@@ -1,5 +1,6 @@
 """Preprocessing: scanpy's `sc.pp`, each step a differentiable operator."""
 
+from scdiffx.pp._ambient import remove_ambient
 from scdiffx.pp._cell_weights import cell_weights
 from scdiffx.pp._denoise import denoise
 from scdiffx.pp._highly_variable import highly_variable_genes
@@ -21,6 +22,7 @@ __all__ = [
     "neighbors",
     "normalize_total",
     "pca",
+    "remove_ambient",
     "scale",
     "scrublet",
     "solo",

@@ -103,13 +103,20 @@ class Fitted:
         return target.apply(prepare=prepare, copy=copy)
 
     def _with_networks(self, name: str, op: Any) -> Any:
-        """The operator with its fitted networks, so that `init` does not train others first."""
-        changes = {}
+        """The operator with its fitted networks, so that `init` does not train others first.
+
+        Such an `init` does nothing, so what it would have estimated beside the networks is put in place as well.
+        """
+        changes: dict[str, Any] = {}
         for f in fields_of_kind(op, "learnable"):
             start = f"{name}.{f.name}['"
             net = {key[len(start) : -2]: jnp.asarray(v) for key, v in self.params.items() if key.startswith(start)}
             if net and getattr(op, f.name) is None:
                 changes[f.name] = net
+        if changes:
+            empty = [f.name for f in fields_of_kind(op, "buffer") if getattr(op, f.name) is None]
+            found = {field: self.buffers.get(f"{name}.{field}") for field in empty}
+            changes |= {field: jnp.asarray(value) for field, value in found.items() if value is not None}
         return replace(op, **changes)
 
     def _filled(self, name: str, op: Any) -> Any:

@@ -136,7 +136,7 @@ def test_molecules_are_dealt_out_once(adata: ad.AnnData, x: ops.Counts, trained:
     np.testing.assert_allclose(seen + rest * 0.3, counts[:50], atol=1e-4)
     assert seen.sum() / counts[:50].sum() == pytest.approx(0.7, abs=0.02)
     shown = np.zeros((50, GENES))
-    np.add.at(shown, (np.arange(50)[:, None], batch.tokens.place), batch.tokens.count)
+    np.add.at(shown, (np.arange(50)[:, None], batch.tokens.place), batch.tokens.counts)
     np.testing.assert_array_equal(shown, seen)
 
 
@@ -147,8 +147,8 @@ def test_lists_of_tokens_hold_the_largest_counts(adata: ad.AnnData, trained: ops
     np.testing.assert_array_equal(count, np.take_along_axis(adata.X.toarray(), np.asarray(place), 1))
     row, column = adata.X.nonzero()
     listed = _denoise._listed(row, column, adata.X.data, (CELLS, 3))
-    np.testing.assert_array_equal(listed.count, count)
-    short = listed.count == 0
+    np.testing.assert_array_equal(listed.counts, count)
+    short = listed.counts == 0
     np.testing.assert_array_equal(np.where(short, 0, listed.place), np.where(short, 0, place))
 
 

@@ -131,8 +131,12 @@ def _nearby(A: Any) -> tuple[Any, Callable[[Array], Array], Callable[[Array], Ar
         return A, lambda v: v, lambda v: v
     order = jnp.asarray(A.pattern.order)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
-    take = [lambda v, at=at: v.at[at].get(mode="promise_in_bounds", unique_indices=True) for at in (order, place)]
-    return A.reordered(), *take
+    there, back = (partial(_taken, at=at) for at in (order, place))
+    return A.reordered(), there, back
+
+
+def _taken(v: Array, at: Array) -> Array:
+    return v.at[at].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def _find(options: _Options, A: Any, start: Array | None) -> Eigen:

@@ -295,7 +295,7 @@ def _listed(row: np.ndarray, place: np.ndarray, count: np.ndarray, shape: tuple[
     listed = rank < shape[1]
     tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
     tokens.place[row[listed], rank[listed]] = place[listed]
-    tokens.count[row[listed], rank[listed]] = count[listed]
+    tokens.counts[row[listed], rank[listed]] = count[listed]
     return tokens
 
 

@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     """The genes that a cell shows the network: their places among the token genes, and their counts, 0 in pads."""
 
     place: Int[Array | np.ndarray, "cells tokens"]
-    count: Float[Array | np.ndarray, "cells tokens"]
+    counts: Float[Array | np.ndarray, "cells tokens"]
 
 
 def log_shares(
@@ -58,8 +58,8 @@ def _read(net: Net, tokens: Tokens, depth: Float[Array, " cells"]) -> Float[Arra
     tells the depth.
     """
     typical = jnp.exp(net["log_depth"])
-    relative = jnp.log1p(tokens.count * (typical / jnp.where(depth > 0, depth, 1))[:, None])
-    features = jnp.stack([relative / (relative + s) for s in _SATURATION] + [jnp.log1p(tokens.count)], -1)
+    relative = jnp.log1p(tokens.counts * (typical / jnp.where(depth > 0, depth, 1))[:, None])
+    features = jnp.stack([relative / (relative + s) for s in _SATURATION] + [jnp.log1p(tokens.counts)], -1)
     token = net["gene"][tokens.place] + features @ net["count"]
     told = net["depth"][0] + (jnp.log1p(depth) - net["log_depth"])[:, None] * net["depth"][1]
     token = jnp.concatenate([token, told[:, None]], 1)
@@ -99,14 +99,14 @@ def _layer_norm(x: Array, gain: Array, bias: Array) -> Array:
 
 
 def hidden(
-    tokens: Tokens, genes: Int[Array, " tokens"], shape: tuple[int, int], masked: float, key: Array
+    tokens: Tokens, genes: Int[Array, " tokens"], shape: tuple[int, ...], masked: float, key: Array
 ) -> tuple[Tokens, Float[Array, "cells genes"]]:
     """Tokens without some genes, and which genes remain: of each cell up to the share `masked` is hidden."""
     share_key, gene_key = jax.random.split(key)
     share = jax.random.uniform(share_key, (shape[0], 1), maxval=masked)
-    shown = (jax.random.uniform(gene_key, shape) >= share).astype(tokens.count.dtype)
+    shown = (jax.random.uniform(gene_key, shape) >= share).astype(tokens.counts.dtype)
     there = jnp.take_along_axis(shown, genes[tokens.place], 1)
-    return Tokens(tokens.place, tokens.count * there), shown
+    return Tokens(tokens.place, tokens.counts * there), shown
 
 
 def initial(csr: Any, n_tokens: int, hidden: int, inducing: int, rng: np.random.Generator) -> Net:

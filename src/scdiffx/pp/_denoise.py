@@ -45,7 +45,8 @@ def denoise(
         Annotated data (cells x genes) with raw counts, or a plan.
     genes
         Names of the genes to denoise. By default all of them, which fills a dense layer. The network is trained on
-        all genes in either case, of which the 2,048 most variable are its input; a cell shows at most the 1,024 of them with the largest counts.
+        all genes in either case, of which the 2,048 most variable are its input; a cell shows at most the 1,024 of
+        them with the largest counts.
     max_epochs
         Most passes over the cells; by default as many as 1,500 gradient steps take, but from 10 to 300.
     patience

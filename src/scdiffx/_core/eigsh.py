@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from scdiffx._core.graph import Graph
+
 __all__ = ["Eigen", "dtype_of", "eigsh", "product"]
 
 _WINDOW = 8  # columns filtered at once: wide enough for the gather kernel, narrow enough to skip what has converged
@@ -208,7 +210,8 @@ def _empty(n: int, capacity: int, dtype: Any) -> _Space:
 def _append(A: Any, space: _Space, directions: Array) -> _Space:
     """Grow the space by the part of `directions` that is new to it, and solve the projected problem."""
     new = _orthonormalised(directions, space.basis)
-    image = (A @ new.T).T
+    # Fused with the gathers of the product, the change of layout would cost three times as much as both.
+    image = lax.optimization_barrier(A @ lax.optimization_barrier(new.T)).T
     put = partial(lax.dynamic_update_slice_in_dim, start_index=space.size)
     basis, images = put(space.basis, new, axis=0), put(space.image, image, axis=0)
     cross = product(basis, image.T)
@@ -369,6 +372,10 @@ def _bounds(A: Any) -> _Bounds:
     return _Bounds(ritz[0] - leak, ritz[-3], ritz[-1] + leak)
 
 
+def _affine(A: Any, v: Array, scale: Array, shift: Array) -> Array:
+    return A.affine(v, scale, shift) if isinstance(A, Graph) else scale * (A @ v) + shift
+
+
 def _mapped(lower: Array, cut: Array) -> tuple[Array, Array]:
     """Centre and half width of the damped interval; the width never vanishes."""
     least = jnp.finfo(lower.dtype).eps * jnp.maximum(jnp.abs(cut), jnp.abs(lower)) + jnp.finfo(lower.dtype).tiny
@@ -397,8 +404,8 @@ def _filtered(A: Any, seed: Array, source: Array, values: Array, lower: Array, c
     def climb(_: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         before, now, weight_before, weight, ratio = carry
         following = 1 / (2 * reference - ratio)
-        image = (A @ now - centre * now) / half
-        after = following * (2 * image - ratio * before + 2 * weight * source)
+        shift = following * (2 * weight * source - ratio * before) - 2 * following * centre / half * now
+        after = _affine(A, now, 2 * following / half, shift)
         weight_after = following * (2 * level * weight - ratio * weight_before)
         return now, after, weight, weight_after, following
 

@@ -106,16 +106,17 @@ def _filled(rows: int, width: int, slot: np.ndarray, values: Any, default: np.nd
 
 
 def _best_width(degree: np.ndarray, least: int) -> int:
-    """The width with the fewest slots in total, where an overflow row counts as four more: it has to be added back.
+    """The width with the fewest slots in total, where an overflow row counts as two more: it has to be added back.
 
-    A multiple of the panel: graphs of as many cells then share compiled code.
+    A multiple of the panel, so that graphs of as many cells share compiled code, and one panel only where nearly all
+    rows fit into it: sums of so few slots are compiled to slower code.
     """
-    counts = np.bincount(degree)
-    first = -(-max(least, 1) // _PANEL) * _PANEL
-    widths = np.arange(first, max(first, int(np.percentile(degree, 90))) + _PANEL, _PANEL)
+    counts, most = np.bincount(degree), int(np.percentile(degree, 90))
+    first = max(-(-max(least, 1) // _PANEL), 1 if most <= _PANEL else 2) * _PANEL
+    widths = np.arange(first, max(first, most) + _PANEL, _PANEL)
     values = np.arange(len(counts))
     overflow = np.asarray([(np.ceil(np.maximum(values - w, 0) / w) * counts).sum() for w in widths])
-    return int(widths[np.argmin(widths * (degree.size + overflow) + 4 * overflow)])
+    return int(widths[np.argmin(widths * (degree.size + overflow) + 2 * overflow)])
 
 
 def _slots_of(
@@ -226,7 +227,7 @@ columns_to_slots.defvjp(
 )
 
 
-def _gathered_sum(p: Pattern, values: Array, v: Array) -> Array:
+def _gathered_sum(p: Pattern, values: Array, v: Array, scale: Any = None, shift: Any = None) -> Array:
     v, index, values = jnp.asarray(v), jnp.asarray(p.indices), jnp.asarray(values)
 
     # Unrolled so that XLA fuses gathers, products and sum into one pass over the output. The overflow rows are summed
@@ -235,10 +236,11 @@ def _gathered_sum(p: Pattern, values: Array, v: Array) -> Array:
         total = jnp.zeros((), jnp.result_type(values, v))
         for j in range(index.shape[1]):
             total = total + values[rows, j, None] * _in_bounds(v, index[rows, j])
-        return total
+        return total if scale is None else scale * total
 
     n = p.n_cells
-    return sum_of_slots(slice(n)).at[p.owner].add(sum_of_slots(slice(n, None)), mode="drop")
+    total = sum_of_slots(slice(n)) if shift is None else sum_of_slots(slice(n)) + shift
+    return total.at[p.owner].add(sum_of_slots(slice(n, None)), mode="drop")
 
 
 @jax.custom_vjp
@@ -304,6 +306,12 @@ class Graph:
         if v.ndim == 1:
             return _matmul(self.pattern, self.values, v[:, None])[:, 0]
         return _matmul(self.pattern, self.values, v)
+
+    def affine(
+        self, v: Float[Array, "cells b"], scale: Float[Array, " b"], shift: Float[Array, "cells b"]
+    ) -> Float[Array, "cells b"]:
+        """``scale * (self @ v) + shift`` in one pass over the result; without a derivative rule of its own."""
+        return _gathered_sum(self.pattern, self.values, v, scale, shift)
 
     def with_values(self, values: Float[Array, "rows width"]) -> Graph:
         return Graph(self.pattern, values)

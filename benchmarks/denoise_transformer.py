@@ -31,6 +31,13 @@ def gene_mean(adata: ad.AnnData) -> Any:
     return np.tile((fit / fit.sum(1, keepdims=True)).mean(0), (len(fit), 1))
 
 
+def neighbour_mean(adata: ad.AnnData) -> Any:
+    workflow(adata, t=1)
+    sd.pp.neighbors(adata, n_neighbors=16)
+    shares = adata.layers["linear"]
+    return (shares + (adata.obsp["distances"] > 0).astype(np.float32) @ shares).toarray()
+
+
 def magic(adata: ad.AnnData) -> Any:
     sd.pp.normalize_total(adata)
     adata.X = adata.X.sqrt()
@@ -57,6 +64,7 @@ def transformer(adata: ad.AnnData) -> Any:
 METHODS: dict[str, Callable[[ad.AnnData], Any]] = {
     "gene mean": gene_mean,
     "raw": lambda adata: adata.layers["fit"].toarray(),
+    "neighbours": neighbour_mean,
     "MAGIC": magic,
     "walk": walk,
     "grid": lambda adata: grid(adata)[1],

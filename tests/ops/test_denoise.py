@@ -19,7 +19,7 @@ from scdiffx._core.minibatch import densify, host_csr
 from scdiffx.ops import _denoise, _denoise_net
 
 SHORT = ops.DenoiseTraining(max_epochs=20, batch_size=64)
-NONE = SHORT._replace(max_epochs=1, learning_rate=0.0)
+NONE = SHORT._replace(max_epochs=0)
 CELLS, GENES = 400, 200
 
 
@@ -198,6 +198,14 @@ def test_what_cannot_be_trained_is_refused(x: ops.Counts, trained: ops.Denoise) 
         ops.Denoise()(x)
     with pytest.raises(ValueError, match="n_hidden=7"):
         ops.Denoise(n_hidden=7).init(x)
+    with pytest.raises(ValueError, match="n_inducing=0"):
+        ops.Denoise(n_inducing=0).init(x)
+    with pytest.raises(ValueError, match="n_tokens=0"):
+        ops.Denoise(n_tokens=0).init(x)
+    with pytest.raises(ValueError, match="validation=1"):
+        ops.Denoise(training=SHORT._replace(validation=1.0)).init(x)
+    with pytest.raises(ValueError, match="masked=1"):
+        ops.Denoise(training=SHORT._replace(masked=1.0)).init(x)
     with pytest.raises(ValueError, match="all counts are 0"):
         ops.Denoise().init(jnp.zeros((20, 5)))
 

@@ -50,7 +50,7 @@ class DenoiseTraining(NamedTuple):
 
     def epochs(self, n_cells: int) -> int:
         steps = max(1, n_cells // self.batch_size)
-        return self.max_epochs or max(10, min(300, round(_STEPS / steps)))
+        return max(10, min(300, round(_STEPS / steps))) if self.max_epochs is None else self.max_epochs
 
 
 class DenoiseResult(NamedTuple):
@@ -68,7 +68,7 @@ class Denoise:
     combined with the gene's own molecules as a gamma prior is with a Poisson count. `init` trains on molecules dealt
     out binomially: the network sees 40 to 90 % of a cell's, and the Poisson likelihood is that of the rest. It does
     nothing to an operator that has a `net`. Thinning leaves shares as they are, and both the depth and the relative
-    counts are inputs, so the call shows the network all molecules; before training it returns the genes' mean shares.
+    counts are inputs, so the call shows the network all molecules. Training starts from the genes' mean shares.
     """
 
     net: Net | None = learnable(default=None)
@@ -83,8 +83,7 @@ class Denoise:
     def init(self, x: C.Matrix, key: Array | None = None) -> Denoise:
         if self.net is not None:
             return self
-        if self.n_hidden < HEADS or self.n_hidden % HEADS:
-            raise ValueError(f"n_hidden={self.n_hidden} must be a multiple of {HEADS}")
+        self._check()
         if x.shape[0] < _MIN_CELLS:
             raise ValueError(f"training needs at least {_MIN_CELLS} cells, got {x.shape[0]}")
         seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
@@ -134,6 +133,16 @@ class Denoise:
             return Tokens(jnp.broadcast_to(jnp.arange(part.shape[1]), part.shape), part)
         place = jax.lax.top_k(jax.lax.stop_gradient(part), self.n_tokens)[1]
         return Tokens(place, jnp.take_along_axis(part, place, 1))
+
+    def _check(self) -> None:
+        if self.n_hidden < HEADS or self.n_hidden % HEADS:
+            raise ValueError(f"n_hidden={self.n_hidden} must be a multiple of {HEADS}")
+        if self.n_tokens < 1 or self.n_inducing < 1:
+            raise ValueError(f"n_tokens={self.n_tokens} and n_inducing={self.n_inducing} must be at least 1")
+        if not 0 < self.training.validation < 1:
+            raise ValueError(f"validation={self.training.validation} must be between 0 and 1")
+        if not 0 <= self.training.masked < 1:
+            raise ValueError(f"masked={self.training.masked} must be at least 0 and below 1")
 
     def _net(self, like: Any) -> Net:
         if self.net is None or self.tokens is None:

@@ -17,8 +17,8 @@ __all__ = ["SINGLE_TOL", "DiffusionMap", "DiffusionMapResult", "Pseudotime", "Ps
 
 # scanpy gives eigenvectors this close to stationary the weight 1, which keeps 1 / (1 - eigenvalue) finite.
 STATIONARY = 0.9994
-# For eigenvectors that are written in float32: a tighter bound would not change a digit of them.
-SINGLE_TOL = 1e-8
+# For eigenvectors that are written in float32: scanpy's solver leaves residuals of this size too.
+SINGLE_TOL = 1e-7
 
 
 class DiffusionMapResult(NamedTuple):

@@ -324,6 +324,7 @@ class Graph:
         p = self.pattern
         return Graph(p, self.values * rows_to_slots(p, left) * columns_to_slots(p, right))
 
+    @jax.jit
     def reordered(self) -> Graph:
         """The matrix with its cells in `pattern.order`: products take half the time if the vectors do not fit a cache.
 

@@ -129,14 +129,18 @@ def _nearby(A: Any) -> tuple[Any, Callable[[Array], Array], Callable[[Array], Ar
     """The operator with rows in an order that suits caches, and the maps of vectors to that order and back."""
     if not isinstance(A, Graph):
         return A, lambda v: v, lambda v: v
-    order = jnp.asarray(A.pattern.order)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
-    there, back = (partial(_taken, at=at) for at in (order, place))
-    return A.reordered(), there, back
+    order = A.pattern.order
+    return A.reordered(), partial(_taken, at=order), partial(_put_back, at=order)
 
 
+@jax.jit
 def _taken(v: Array, at: Array) -> Array:
     return v.at[at].get(mode="promise_in_bounds", unique_indices=True)
+
+
+@jax.jit
+def _put_back(v: Array, at: Array) -> Array:
+    return jnp.zeros_like(v).at[at].set(v, mode="promise_in_bounds", unique_indices=True)
 
 
 def _find(options: _Options, A: Any, start: Array | None) -> Eigen:

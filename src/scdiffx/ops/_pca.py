@@ -137,6 +137,7 @@ def _scores(x: C.Matrix, mean: Array, components: Array) -> Array:
     return C.matmul(x, components) - mean @ components
 
 
+@jax.jit
 def fix_signs(vectors: Array) -> Array:
     """The largest loading of each component is positive, as scikit-learn's rule has it."""
     frozen = jax.lax.stop_gradient(vectors)

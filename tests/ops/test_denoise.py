@@ -268,6 +268,6 @@ def test_held_out_molecules_of_bone_marrow_beat_trivial_predictors(paul15: ad.An
         "raw": deviance(counts, target),
         "neighbours": deviance(near, target),
     }
-    assert found < 0.85 * trivial["gene mean"], trivial
-    assert found < 0.85 * trivial["raw"], trivial
+    assert found < 0.88 * trivial["gene mean"], trivial
+    assert found < 0.72 * trivial["raw"], trivial
     assert found < trivial["neighbours"], trivial

@@ -11,9 +11,15 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import anndata as ad
 import jax
 import pytest
+import scipy.linalg  # noqa: F401  # loads the BLAS that is limited here
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a worker for each core: more threads of theirs would wait for each other, busily.
+    threadpool_limits(1, user_api="blas")
 
 
 def _read(name: str) -> ad.AnnData:

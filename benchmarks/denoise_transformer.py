@@ -27,6 +27,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 from denoise import deviance, grid, prepared, workflow
+from neighbors import peak_mib, reset_peak
 
 import scdiffx as sd
 
@@ -89,16 +90,6 @@ def run(name: str, seed: int, args: argparse.Namespace, methods: list[str]) -> d
     return row
 
 
-def peak() -> float:
-    """The most memory that this process held since the last :func:`reset_peak`, in MiB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def cost(n: int, genes: int | None) -> None:
     """One epoch twice, of which the first compiles, then two: the difference of the last two is that of an epoch."""
     from pipeline import counts
@@ -114,12 +105,12 @@ def cost(n: int, genes: int | None) -> None:
         adata = ad.AnnData(x.copy())
         gc.collect()
         reset_peak()
-        before, cpu, wall = peak(), time.process_time(), time.perf_counter()
+        before, cpu, wall = peak_mib(), time.process_time(), time.perf_counter()
         sd.pp.denoise(adata, names, max_epochs=epochs, progress=False)
         seconds = time.process_time() - cpu, time.perf_counter() - wall
         print(
             f"{epochs} epochs: {seconds[0]:.1f} CPU s, {seconds[1]:.1f} s of wall clock, "
-            f"peak {peak():.0f} MiB, {peak() - before:.0f} above the start of the call",
+            f"peak {peak_mib():.0f} MiB, {peak_mib() - before:.0f} above the start of the call",
             flush=True,
         )
 

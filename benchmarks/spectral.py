@@ -7,7 +7,8 @@ that data set is absent), normalised as scanpy's diffusion map does. Warm figure
 process, in seconds of processor time and of wall clock; first calls and peak memory come from fresh processes (peak:
 what the call adds to the process that has loaded the graph). Errors are against scipy at full precision with a large
 search space; scanpy and scipy pick the largest magnitudes, so where a strongly negative eigenvalue is among those their
-error here is of order 1. "gradient" is value and gradient of diffusion-pseudotime distances in the edge weights.
+error here is of order 1. "vectors" is the largest distance of a unit eigenvector from the exact one. "gradient" is
+value and gradient of diffusion-pseudotime distances in the edge weights.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from neighbors import manifold, upsampled
+from neighbors import manifold, peak_mib, reset_peak, upsampled
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 
 ROOT = 0
@@ -60,50 +62,38 @@ def make_graph(n: int, data: Path) -> sp.csr_matrix:
     return fuzzy_graph(index[:, 1:], distance[:, 1:])  # the first neighbour of a cell is itself
 
 
-# Each engine is built once from the graph and returns a call; the call returns eigenvalues.
+# Each engine is built once from the graph and returns a call; the call returns eigenvalues and, some, eigenvectors.
+Found = tuple[np.ndarray, np.ndarray | None]
 
 
-def with_graph(graph: sp.csr_matrix) -> Any:
+def diffmap(graph: sp.csr_matrix, k: int, package: str) -> Callable[[], Found]:
     import anndata
 
+    tl = import_module(package).tl
     adata = anndata.AnnData(np.zeros((graph.shape[0], 1), np.float32))
     adata.obsp["connectivities"] = adata.obsp["distances"] = graph.astype(np.float32)
     keys = {"connectivities_key": "connectivities", "distances_key": "distances"}
     adata.uns["neighbors"] = keys | {"params": {"n_neighbors": 15, "method": "umap"}}
-    return adata
 
-
-def scanpy_diffmap(graph: sp.csr_matrix, k: int) -> Callable[[], np.ndarray]:
-    import scanpy as sc
-
-    adata = with_graph(graph)
-
-    def call() -> np.ndarray:
-        sc.tl.diffmap(adata, n_comps=k)
-        return np.asarray(adata.uns["diffmap_evals"])
+    def call() -> Found:
+        tl.diffmap(adata, n_comps=k)
+        return np.asarray(adata.uns["diffmap_evals"]), np.asarray(adata.obsm["X_diffmap"])
 
     return call
 
 
-def our_diffmap(graph: sp.csr_matrix, k: int) -> Callable[[], np.ndarray]:
-    import scdiffx as sd
-
-    adata = with_graph(graph)
-
-    def call() -> np.ndarray:
-        sd.tl.diffmap(adata, n_comps=k)
-        return np.asarray(adata.uns["diffmap_evals"])
-
-    return call
-
-
-def scipy_solver(graph: sp.csr_matrix, k: int) -> Callable[[], np.ndarray]:
+def scipy_solver(graph: sp.csr_matrix, k: int) -> Callable[[], Found]:
     matrix = transitions(graph)
     start = np.random.RandomState(0).standard_normal(graph.shape[0])
-    return lambda: scipy_eigsh(matrix, k=k, which="LM", v0=start)[0][::-1]
+
+    def call() -> Found:
+        values, vectors = scipy_eigsh(matrix, k=k, which="LM", v0=start)
+        return values[::-1], vectors[:, ::-1]
+
+    return call
 
 
-def ours(graph: sp.csr_matrix, k: int, dtype: Any, warm: bool = False) -> Callable[[], np.ndarray]:
+def ours(graph: sp.csr_matrix, k: int, dtype: Any, warm: bool = False) -> Callable[[], Found]:
     import jax
 
     from scdiffx._core.graph import Graph
@@ -113,17 +103,17 @@ def ours(graph: sp.csr_matrix, k: int, dtype: Any, warm: bool = False) -> Callab
         operator = Graph.from_scipy(transitions(graph).astype(dtype))
         start = eigsh(operator, k).vectors if warm else None
 
-    def call() -> np.ndarray:
+    def call() -> Found:
         with jax.enable_x64(True):
             found = eigsh(operator, k, start=start)
             if not bool(found.converged):
                 raise RuntimeError(f"not converged: {found.residuals}")
-            return np.asarray(found.values)
+            return np.asarray(found.values), np.asarray(found.vectors)
 
     return call
 
 
-def ours_gradient(graph: sp.csr_matrix, k: int, dtype: Any) -> Callable[[], np.ndarray]:
+def ours_gradient(graph: sp.csr_matrix, k: int, dtype: Any) -> Callable[[], Found]:
     import jax
     import jax.numpy as jnp
 
@@ -147,19 +137,19 @@ def ours_gradient(graph: sp.csr_matrix, k: int, dtype: Any) -> Callable[[], np.n
     # The pattern travels as an argument: as a constant of the program it would be folded at compile time.
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
-    def call() -> np.ndarray:
+    def call() -> Found:
         with jax.enable_x64(True):
             (_, values), gradient = step(operator.values, operator, probe)
             if not bool(jnp.isfinite(gradient).all()):
                 raise RuntimeError("the gradient is not finite")
-            return np.asarray(values)
+            return np.asarray(values), None
 
     return call
 
 
-ENGINES: dict[str, Callable[[sp.csr_matrix, int], Callable[[], np.ndarray]]] = {
-    "scanpy tl.diffmap": scanpy_diffmap,
-    "scdiffx tl.diffmap": our_diffmap,
+ENGINES: dict[str, Callable[[sp.csr_matrix, int], Callable[[], Found]]] = {
+    "scanpy tl.diffmap": lambda g, k: diffmap(g, k, "scanpy"),
+    "scdiffx tl.diffmap": lambda g, k: diffmap(g, k, "scdiffx"),
     "scipy eigsh": scipy_solver,
     "scdiffx float64": lambda g, k: ours(g, k, np.float64),
     "scdiffx float32": lambda g, k: ours(g, k, np.float32),
@@ -169,33 +159,32 @@ ENGINES: dict[str, Callable[[sp.csr_matrix, int], Callable[[], np.ndarray]]] = {
 }
 
 
-def timed(call: Callable[[], np.ndarray]) -> tuple[float, float, np.ndarray]:
+def timed(call: Callable[[], Found]) -> tuple[float, float, Found]:
     cpu, wall = time.process_time(), time.perf_counter()
-    values = call()
-    return time.process_time() - cpu, time.perf_counter() - wall, values
-
-
-def memory(field: str) -> float:
-    """VmRSS (now) or VmHWM (most so far) of this process in MiB; NaN where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), np.nan)
+    found = call()
+    return time.process_time() - cpu, time.perf_counter() - wall, found
 
 
 def child(engine: str, path: str, k: int) -> None:
     """First call and memory in a process of its own."""
     call = ENGINES[engine](sp.load_npz(path), k)
-    before = memory("VmRSS")
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    reset_peak()
+    before = peak_mib()
     cpu, wall, _ = timed(call)
-    print(json.dumps({"first_cpu_s": cpu, "first_wall_s": wall, "added_peak_mib": memory("VmHWM") - before}))
+    print(json.dumps({"first_cpu_s": cpu, "first_wall_s": wall, "added_peak_mib": peak_mib() - before}))
+
+
+def vector_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """The largest distance of a unit vector from the exact one, whatever its sign."""
+    unit = found / np.linalg.norm(found.astype(np.float64), axis=0)
+    return float(np.linalg.norm(unit * np.sign((unit * exact).sum(0)) - exact, axis=0).max())
 
 
 def measure(graph: sp.csr_matrix, k: int, repeat: int, names: list[str]) -> list[dict[str, Any]]:
-    exact = scipy_eigsh(transitions(graph), k=k, ncv=6 * k, which="LA", tol=0)[0][::-1]
+    values, vectors = scipy_eigsh(transitions(graph), k=k, ncv=6 * k, which="LA", tol=0)
+    exact, exact_vectors = values[::-1], vectors[:, ::-1]
     calls = {name: ENGINES[name](graph, k) for name in names}
-    runs: dict[str, list[tuple[float, float, np.ndarray]]] = {name: [] for name in names}
+    runs: dict[str, list[tuple[float, float, Found]]] = {name: [] for name in names}
     for turn in range(repeat + 1):
         for name, call in calls.items():
             result = timed(call)
@@ -204,8 +193,10 @@ def measure(graph: sp.csr_matrix, k: int, repeat: int, names: list[str]) -> list
     rows = []
     for name in names:
         cpu, wall = (float(np.median([r[i] for r in runs[name]])) for i in (0, 1))
-        error = float(np.abs(np.sort(runs[name][-1][2])[::-1] - exact).max())
-        rows.append({"engine": name, "cpu_s": cpu, "wall_s": wall, "eigenvalue_error": error})
+        values, vectors = runs[name][-1][2]
+        error = float(np.abs(np.sort(values)[::-1] - exact).max())
+        row = {"engine": name, "cpu_s": cpu, "wall_s": wall, "eigenvalue_error": error}
+        rows.append(row | {"eigenvector_error": np.nan if vectors is None else vector_error(vectors, exact_vectors)})
     return rows
 
 
@@ -225,7 +216,7 @@ def main() -> None:
         return
     results = []
     head = f"{'cells':>6} {'engine':<28} {'cpu s':>7} {'wall s':>7} {'first cpu':>9} {'first wall':>10}"
-    print(f"{head} {'MiB':>6} {'error':>8}")
+    print(f"{head} {'MiB':>6} {'error':>8} {'vectors':>8}")
     for n in args.n:
         graph = make_graph(n, args.data)
         rows = measure(graph, args.k, args.repeat, args.engines)
@@ -240,7 +231,8 @@ def main() -> None:
                 first = [row.get(key, np.nan) for key in ("first_cpu_s", "first_wall_s", "added_peak_mib")]
                 print(
                     f"{n:>6} {row['engine']:<28} {row['cpu_s']:>7.2f} {row['wall_s']:>7.2f} {first[0]:>9.2f} "
-                    f"{first[1]:>10.2f} {first[2]:>6.0f} {row['eigenvalue_error']:>8.1e}",
+                    f"{first[1]:>10.2f} {first[2]:>6.0f} {row['eigenvalue_error']:>8.1e} "
+                    f"{row['eigenvector_error']:>8.1e}",
                     flush=True,
                 )
         results += [{"n": n, "k": args.k, "n_edges": int(graph.nnz)} | row for row in rows]

@@ -66,6 +66,9 @@ class OTTrajectory:
     max_iter: int = static(default=2000)
 
     def init(self, z: Array, time: Array, growth: Array | None = None, key: Array | None = None) -> OTTrajectory:
+        # Loading ott changes settings that compiled functions depend on: not while one is being compiled.
+        import scdiffx.ops._sinkhorn  # noqa: F401
+
         return replace(self, cells=time_points(time))
 
     def threshold(self, dtype: Any) -> float:
@@ -110,14 +113,20 @@ def _couple(x: Array, y: Array, log_growth: Array, epsilon: Array, settings: Any
     n, m = len(x), len(y)
     mean = jax.nn.logsumexp(log_growth) - np.log(n)
     log_b = jnp.full(m, -np.log(m), x.dtype)
-    f, g = jnp.zeros(n, x.dtype), jnp.zeros(m, x.dtype)
-    for _ in range(rounds):
+    what = jnp.column_stack([jnp.ones(m, x.dtype), y, jnp.square(y).sum(1)])
+
+    def once(start: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], Any]:
+        f, g, log_growth = start
         log_a = log_growth - jax.nn.logsumexp(log_growth)
-        # A start does not matter to the end of an iteration, nor to its derivative.
         f, g, iterations, error = potentials(x, y, log_a, log_b, epsilon, f, g, settings)
-        moved = transport.apply(x, y, f, g, epsilon, jnp.column_stack([jnp.ones(m, x.dtype), y, jnp.square(y).sum(1)]))
-        sums = moved[:, 0]
-        log_growth = jnp.log(sums) - jnp.log(sums.sum()) + np.log(n) + mean
+        moved = transport.apply(x, y, f, g, epsilon, what)
+        log_growth = jnp.log(moved[:, 0]) - jnp.log(moved[:, 0].sum()) + np.log(n) + mean
+        return (f, g, log_growth), (moved, iterations, error)
+
+    start = (jnp.zeros(n, x.dtype), jnp.zeros(m, x.dtype), log_growth)
+    (f, g, log_growth), traced = jax.lax.scan(once, start, length=rounds)
+    moved, iterations, error = (part[-1] for part in traced)
+    sums = moved[:, 0]
     squares = sums @ jnp.square(x).sum(1) + moved[:, -1].sum() - 2 * (x * moved[:, 1:-1]).sum()
     return _Step(f, g, log_growth, squares / sums.sum(), iterations, error)
 

@@ -268,7 +268,7 @@ CASES = [
     ),
     Case(
         "ot_trajectory",
-        lambda: ops.OTTrajectory(tau=(0.9, 0.95), rounds=2, tol=1e-12),
+        lambda: ops.OTTrajectory(epsilon=0.2, tau=(0.7, 0.8), rounds=2, tol=1e-12),
         lambda d: (d.coordinates, d.batch, jnp.exp(d.coordinates[:, 0] / 10)),
         lambda r: (r.f, r.g, r.scale, r.growth, r.cost),
         budget=250,

@@ -26,6 +26,7 @@ __all__ = [
     "Obs",
     "Obsm",
     "Part",
+    "Single",
     "Slot",
     "Uns",
     "Var",
@@ -392,6 +393,16 @@ class Decoded(Part):
 
     def take(self, value: Any) -> Any:
         return jnp.asarray(np.asarray(self.values, np.float32))[value]
+
+
+@dataclass(frozen=True)
+class Single(Part):
+    """Another slot in single precision, where its own is not to decide how a step computes."""
+
+    of: Any
+
+    def take(self, value: Any) -> Any:
+        return value.astype(jnp.float32)
 
 
 @dataclass(frozen=True)

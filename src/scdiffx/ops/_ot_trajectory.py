@@ -15,7 +15,7 @@ from scdiffx._core.fields import buffer, learnable, operator, replace, static
 __all__ = ["OTTrajectory", "OTTrajectoryResult", "OTTransport", "barycentric", "between", "birth_death", "interpolated"]
 
 # How far marginals may be off, in sum.
-_TOL = {"float32": 1e-4, "float64": 1e-10}
+_TOL = {"float32": 1e-4, "float64": 1e-9}
 # The median of the cost is that among at most so many points of each side.
 _MEDIAN_OF = 1024
 # Waddington-OT's rates (Schiebinger et al. 2019): lower and upper end, centre and width of the logistic curve.
@@ -174,7 +174,7 @@ class OTTransport:
         scale = coupling["scale"][pair]
         x, y, _ = between(z[target], z[source], scale)
         h = coupling["f" if self.forth else "g"][source]
-        epsilon = coupling["epsilon"].astype(z.dtype)
+        epsilon = jnp.asarray(coupling["epsilon"], z.dtype)
         # The mean does not depend on the potential of the target: with this one, weights sum to 1.
         level = -epsilon * transport.log_sums(x, y, h, epsilon)
         return transport.apply(x, y, level, h, epsilon, values)

@@ -12,7 +12,7 @@ import numpy as np
 
 from scdiffx import ops
 from scdiffx._log import warn
-from scdiffx._slots import Decoded, Genes, Obs, Obsm, Slot, Uns, X, available, genes_at, preset
+from scdiffx._slots import Decoded, Genes, Obs, Obsm, Single, Slot, Uns, X, available, genes_at, preset
 from scdiffx._steps import Plan, Step, Write, apply, public
 
 if TYPE_CHECKING:
@@ -183,9 +183,7 @@ def ot_trajectory(
 
 
 def _coupling_of(op: ops.OTTrajectory, result: ops.OTTrajectoryResult) -> dict[str, Any]:
-    import jax.numpy as jnp
-
-    return {"f": result.f, "g": result.g, "scale": result.scale, "epsilon": jnp.asarray(op.epsilon, result.f.dtype)}
+    return {"f": result.f, "g": result.g, "scale": result.scale, "epsilon": op.epsilon}
 
 
 def _check_settings(
@@ -279,7 +277,7 @@ def _growth_slot(
     if bad.any():
         first = data.obs_names[np.flatnonzero(bad)[0]]
         raise ValueError(f"growth={growth!r} must be finite and greater than 0, but is not for cell {first!r}")
-    return Obs(growth), None
+    return Single(Obs(growth)), None
 
 
 def fingerprint(z: Any, time: Any) -> int:

@@ -72,7 +72,9 @@ def compared(z: np.ndarray, minutes: np.ndarray, label: np.ndarray, k: int, sett
     rng = np.random.default_rng(0)
     n = 2 * len(held)
     from_after = rng.random(n) < share
-    mix = np.where(from_after[:, None], after[rng.integers(len(after), size=n)], before[rng.integers(len(before), size=n)])
+    mix = np.where(
+        from_after[:, None], after[rng.integers(len(after), size=n)], before[rng.integers(len(before), size=n)]
+    )
     pairs = (1 - share) * before[rng.integers(len(before), size=n)] + share * after[rng.integers(len(after), size=n)]
     return {
         "transport": sd.tl.ot_interpolate(both, at[1], n_obs=n),
@@ -101,7 +103,9 @@ def interpolation(args: argparse.Namespace) -> None:
         rows |= {name: (wasserstein(v, z[held], n, rng), energy(v, z[held])) for name, v in others.items()}
         for name, values in rows.items():
             first = f"{EDGES[k]}-{EDGES[k + 1]}" if name == "itself" else ""
-            print(f"{first:<12} {held.sum() if first else '':>6} {name:<14} {values[0]:8.2f} {values[1]:8.3f}", flush=True)
+            print(
+                f"{first:<12} {held.sum() if first else '':>6} {name:<14} {values[0]:8.2f} {values[1]:8.3f}", flush=True
+            )
 
 
 def size(args: argparse.Namespace) -> None:
@@ -128,7 +132,7 @@ def size(args: argparse.Namespace) -> None:
     entry = adata.uns["ot_trajectory"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{n} x {n}, {args.dims} dims: {entry['iterations'][0]} iterations, error {entry['error'][0]:.1e}")
-    print(f"peak of memory {peak:.2f} GB, of which {before:.2f} GB before; the matrix alone would be {4e-9 * n * n:.1f} GB")
+    print(f"peak of memory {peak:.2f} GB, of which {before:.2f} GB before; the matrix alone is {4e-9 * n * n:.1f} GB")
 
 
 def main() -> None:

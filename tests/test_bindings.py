@@ -140,7 +140,7 @@ def ambient_keys(layer: str, prefix: str, *extra: str) -> dict[str, str]:
 
 def coupling_keys(key: str, growth: str) -> dict[str, str]:
     arrays = dict.fromkeys(("f", "g", "scale", "cost", "error"), "float32")
-    rest = {"times": "float64", "iterations": "int32", "epsilon": "float", "fingerprint": "int"}
+    rest = {"times": "float64", "labels": "object", "iterations": "int32", "epsilon": "float", "fingerprint": "int"}
     return {
         f"obs/{growth}": "float32",
         **{f"uns/{key}{part}": "mapping" for part in ("", "/params")},

@@ -481,7 +481,9 @@ def shuffled_data() -> Data:
 def derivative_at(case: Case, n: int) -> tuple[Callable[..., Any], Any, Any]:
     """Value and derivative of a case as one function, and the float32 shapes of its arguments for n cells."""
     # Simulated doublets are two for each cell; a time point has half of the cells.
-    op, args = enlarged(ready(case.name), {CELLS // 2: n // 2, CELLS: n, 2 * CELLS: 2 * n, 3 * CELLS: 3 * n, GENES: MANY_GENES})
+    op, args = enlarged(
+        ready(case.name), {CELLS // 2: n // 2, CELLS: n, 2 * CELLS: 2 * n, 3 * CELLS: 3 * n, GENES: MANY_GENES}
+    )
 
     def both(op: Any, args: Any) -> Any:
         params, (floats, _) = parameters(op), float_leaves(args)

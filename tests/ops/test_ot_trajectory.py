@@ -1,4 +1,4 @@
-"""Couplings against Sinkhorn's iterations in NumPy, what is carried along them against matrices, and a held-out time."""
+"""Couplings beside Sinkhorn's iterations in NumPy, what they carry beside matrices, and a time that is held out."""
 
 from __future__ import annotations
 
@@ -266,7 +266,10 @@ def test_other_cells_than_were_coupled_are_refused() -> None:
     moved.obsm["X_pca"][3, 0] += 1e-3
     sooner.obs["hours"] = sooner.obs["hours"].replace(6, 7)
     for adata in (whole[:100].copy(), whole[::-1].copy(), moved, sooner):
-        for call in (functools.partial(sd.tl.ot_pull, groupby="group"), functools.partial(sd.tl.ot_interpolate, time=1)):
+        for call in (
+            functools.partial(sd.tl.ot_pull, groupby="group"),
+            functools.partial(sd.tl.ot_interpolate, time=1),
+        ):
             with pytest.raises(ValueError, match="no longer those that were coupled"):
                 call(adata)
 
@@ -420,7 +423,9 @@ def test_a_held_out_time_is_nearer_than_its_neighbours_and_their_mix(worm_embryo
     rng = np.random.default_rng(0)
     n = min(len(before), len(held), len(after))
     share = (at[1] - at[0]) / (at[2] - at[0])
-    mix = np.concatenate([v[rng.permutation(len(v))[:m]] for v, m in ((before, round((1 - share) * n)), (after, n))])[:n]
+    mix = np.concatenate([v[rng.permutation(len(v))[:m]] for v, m in ((before, round((1 - share) * n)), (after, n))])[
+        :n
+    ]
     others = {"before": before, "after": after, "mix": mix, "transport": sd.tl.ot_interpolate(adata, at[1], n_obs=n)}
     error = {}
     for name, found in others.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ class OTTrajectory:
         prior = _log_growth(growth, self.gene_sets, z)
         f, g, growing = jnp.zeros(len(z), z.dtype), jnp.zeros(len(z), z.dtype), prior
         steps = []
-        for here, there in zip(cells[:-1], cells[1:], strict=True):
+        for here, there in pairwise(cells):
             x, y, scale = between(z[here], z[there], self.scale)
             span = (time[there[0]] - time[here[0]]).astype(z.dtype)
             step = _couple(x, y, prior[here] * span, epsilon, settings, self.rounds)

@@ -75,9 +75,10 @@ def potentials(
         recenter_potentials=tau_a < 1 and tau_b < 1,
     )
     out = solver(problem, init=(f, g))
-    errors = out.errors
+    errors = jnp.asarray(out.errors)
     last = jnp.maximum((errors != -1).sum() - 1, 0)
-    return Potentials(*out.potentials, jnp.minimum((last + 1) * _INNER, max_iter), errors[last])
+    f, g = out.potentials
+    return Potentials(f, g, jnp.minimum((last + 1) * _INNER, max_iter), errors[last])
 
 
 def _forward(*args: Any) -> tuple[Potentials, Any]:
@@ -85,10 +86,9 @@ def _forward(*args: Any) -> tuple[Potentials, Any]:
     return result, (*args[:5], result.f, result.g)
 
 
-def _residual(
-    x: Array, y: Array, log_a: Array, log_b: Array, epsilon: Array, f: Array, g: Array, tau: tuple[float, float]
-) -> tuple[Array, Array]:
+def _residual(inputs: tuple[Any, ...], f: Array, g: Array, tau: tuple[float, float]) -> tuple[Array, Array]:
     """What is 0 at a solution: the potentials less what an iteration makes of them."""
+    x, y, log_a, log_b, epsilon = inputs
     rows = f - tau[0] * epsilon * (log_a - transport.log_sums(x, y, g, epsilon))
     columns = g - tau[1] * epsilon * (log_b - transport.log_sums(y, x, f, epsilon))
     return rows, columns
@@ -100,7 +100,7 @@ def _backward(settings: Settings, saved: Any, cotangent: Potentials) -> tuple[An
     With A the coupling over the square roots of its marginals, the system is ``1 - tau_a tau_b A A^T``, whose
     eigenvalues lie within ``1 - tau_a tau_b`` and 1.
     """
-    x, y, log_a, log_b, epsilon, f, g = saved
+    x, y, _, _, epsilon, f, g = saved
     tau_a, tau_b = settings.tau
     log_r = f / epsilon + transport.log_sums(x, y, g, epsilon)
     log_c = g / epsilon + transport.log_sums(y, x, f, epsilon)
@@ -123,7 +123,7 @@ def _backward(settings: Settings, saved: Any, cotangent: Potentials) -> tuple[An
     p = cg(lambda v: v - tau_a * tau_b * forth(back(v)), right, tol=tol, max_steps=500).x
     q = from_g - tau_a * back(p)
     adjoint = -p[:, 0] * jnp.exp(log_r / 2), -q[:, 0] * jnp.exp(log_c / 2)
-    pull = jax.vjp(lambda *inputs: _residual(*inputs, f, g, settings.tau), x, y, log_a, log_b, epsilon)[1]
+    pull = jax.vjp(lambda *inputs: _residual(inputs, f, g, settings.tau), *saved[:5])[1]
     return *pull(adjoint), jnp.zeros_like(f), jnp.zeros_like(g)
 
 

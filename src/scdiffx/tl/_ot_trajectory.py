@@ -89,7 +89,7 @@ def ot_trajectory(
         The couplings as potentials `f` (towards the next time point) and `g` (towards the one before) of each cell,
         with `epsilon` and the `scale` of the cost of each pair: ``exp((f[i] + g[j] - |z[i] - z[j]|^2 / scale) /
         epsilon)``. For each pair also `cost`, the mean squared distance that mass moves, `iterations` and `error` (the
-        L1 distance to what a solution fulfils); `times`, `params`, and a `fingerprint` of the cells.
+        L1 distance to what a solution fulfils); `times`, their `labels`, `params`, and a `fingerprint` of the cells.
     `adata.obs["growth_rate" | f"{key_added}_growth_rate"]` : float32 (cells,)
         Descendants per unit of time according to the coupling. Only ratios between cells of a time point can be
         inferred: the mean over a step is what `growth` says. At the last time point what `growth` says.
@@ -144,6 +144,9 @@ def ot_trajectory(
         **({} if growth is None else {"growth": growth if isinstance(growth, str) else sorted(growth)}),
     }
     coupling = Uns(key_added, COUPLING)
+    numbers = time_labels(data, time_key)
+    there = set(data.obs[time_key].unique())
+    labels = np.array([str(label) for label in sorted(numbers, key=lambda v: numbers[v]) if label in there], object)
 
     def notes(op: ops.OTTrajectory, result: ops.OTTrajectoryResult, args: Any) -> Mapping[Slot, Any]:
         arrays = {name: np.array(getattr(result, name)) for name in ("f", "g", "scale", "cost", "iterations", "error")}
@@ -152,6 +155,7 @@ def ot_trajectory(
             coupling: {
                 "params": params,
                 "times": times,
+                "labels": labels,
                 **{name: a.astype(np.float32) if a.dtype.kind == "f" else a for name, a in arrays.items()},
                 "epsilon": float(op.epsilon),
                 "fingerprint": fingerprint(args[0], args[1]),
@@ -240,7 +244,9 @@ def time_labels(data: AnnData, time_key: str) -> dict[Any, float]:
 def time_slot(data: AnnData, time_key: str, time_unit: float) -> Decoded:
     """The slot of the time of each cell as a number of units."""
     values = tuple(number / time_unit for number in time_labels(data, time_key).values())
-    if not all(math.isfinite(value) for value in values) or len(set(np.float32(values))) < len(values):
+    if not all(math.isfinite(value) for value in values) or len(np.unique(np.asarray(values, np.float32))) < len(
+        values
+    ):
         raise ValueError(f"time_key={time_key!r}: times must be finite and differ in single precision")
     return Decoded(Obs(time_key, codes=True), values)
 
@@ -258,7 +264,8 @@ def _growth_slot(
         unknown = [name for name in growth if name not in GENE_SETS]
         if unknown or not any(len(genes) for genes in growth.values()):
             raise ValueError(f"growth={dict(growth)!r} must name genes for one or both of {list(GENE_SETS)}")
-        sets = [[growth[name]] if isinstance(growth.get(name), str) else list(growth.get(name, ())) for name in GENE_SETS]
+        given: list[Any] = [growth.get(name, ()) for name in GENE_SETS]
+        sets = [[genes] if isinstance(genes, str) else list(genes) for genes in given]
         index = genes_at(data, [gene for genes in sets for gene in genes])
         return Genes(X(layer), index), (len(sets[0]), len(sets[1]))
     if layer is not None:

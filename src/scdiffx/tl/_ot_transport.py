@@ -151,15 +151,11 @@ def _transport(
     if there.isna().any():
         raise ValueError(f"groupby={groupby!r} is missing for {there.isna().sum()} cells of the time point")
     groups = None if there.dtype.kind in "fiu" else data.obs[groupby].astype("category").cat.categories
-    target: Slot
-    if groups is None:
-        target, columns = Obs(key_added), None
-    else:
-        target = Obsm(key_added)
-        columns = np.flatnonzero(np.isin(groups, there.unique()))
+    columns = np.array([0]) if groups is None else np.flatnonzero(np.isin(groups, there.unique()))
+    target: Slot = Obs(key_added) if groups is None else Obsm(key_added)
 
     def extract(op: ops.OTTransport, result: Any) -> Any:
-        return result[:, 0] if columns is None else result[:, columns]
+        return result[:, 0] if groups is None else result[:, columns]
 
     def notes(op: ops.OTTransport, result: Any, args: Any) -> Mapping[Slot, Any]:
         if groups is None:
@@ -192,7 +188,9 @@ def _coupled(adata: AnnData | Plan, key: str) -> tuple[Obsm, Decoded, str]:
     if data.n_obs == 0:
         raise ValueError("`adata` is empty: it has 0 cells")
     if key not in data.uns:
-        raise KeyError(f"key={key!r} is not in `adata.uns`. Available: {available(data.uns)}; run `ot_trajectory` first")
+        raise KeyError(
+            f"key={key!r} is not in `adata.uns`. Available: {available(data.uns)}; run `ot_trajectory` first"
+        )
     entry = data.uns[key]
     if not isinstance(entry, Mapping) or not {*COUPLING, "params", "fingerprint"} <= set(entry):
         raise ValueError(f"`adata.uns[{key!r}]` does not hold couplings of `ot_trajectory`")
@@ -208,7 +206,7 @@ def _coupled(adata: AnnData | Plan, key: str) -> tuple[Obsm, Decoded, str]:
 
 def _index_of(data: AnnData, time_key: str, time: Any, slot: Decoded, points: np.ndarray) -> int:
     labels = time_labels(data, time_key)
-    known = dict(zip(labels, np.float32(slot.values), strict=True))
+    known = dict(zip(labels, np.asarray(slot.values, np.float32), strict=True))
     if time not in known or known[time] not in points:
         present = [label for label, value in known.items() if value in points]
         raise ValueError(f"time={time!r} is not a time point of {time_key!r}. Available: {present}")
@@ -280,7 +278,9 @@ def ot_interpolate(
     entry = adata.uns[key]
     times = np.asarray(entry["times"], np.float64)
     if not times[0] <= time <= times[-1]:
-        raise ValueError(f"time={time!r} must lie between the first and the last time point, {times[0]:g} and {times[-1]:g}")
+        raise ValueError(
+            f"time={time!r} must lie between the first and the last time point, {times[0]:g} and {times[-1]:g}"
+        )
     k = min(int(np.searchsorted(times, time, side="right")) - 1, len(times) - 2)
     share = (time - times[k]) / (times[k + 1] - times[k])
     with jax.enable_x64(True):

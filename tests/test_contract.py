@@ -274,20 +274,17 @@ CASES = [
         budget=250,
         learns=("epsilon",),
     ),
-    *(
-        Case(
-            name,
-            functools.partial(ops.OTTransport, forth=forth),
-            lambda d, h=h: (
-                d.coordinates,
-                d.batch,
-                {h: d.coordinates[:, 1], "scale": jnp.asarray([30.0]), "epsilon": jnp.asarray(0.5)},
-                jax.nn.softmax(d.coordinates[:, :3]),
-            ),
-            lambda r: r,
-            budget=150,
-        )
-        for name, forth, h in (("ot_pull", False, "g"), ("ot_push", True, "f"))
+    Case(
+        "ot_transport",
+        lambda: ops.OTTransport(),
+        lambda d: (
+            d.coordinates,
+            d.batch,
+            {"g": d.coordinates[:, 1], "scale": jnp.asarray([30.0]), "epsilon": jnp.asarray(0.5)},
+            jax.nn.softmax(d.coordinates[:, :3]),
+        ),
+        lambda r: r,
+        budget=150,
     ),
     Case(
         "diffusion_map",

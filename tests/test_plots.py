@@ -334,7 +334,7 @@ def flowing() -> ad.AnnData:
     group = np.concatenate([np.repeat([0, 1], pair) for pair in counts])
     adata = ad.AnnData(np.zeros((len(group), 1), np.float32))
     adata.obsm["X_pca"] = (rng.normal(size=(len(group), 3)) * 0.2 + group[:, None] * [5, 0, 0]).astype(np.float32)
-    adata.obs["day"] = np.repeat([1, 2, 4], [sum(pair) for pair in counts])
+    adata.obs["day"] = np.repeat([1.3, 2, 4.1], [sum(pair) for pair in counts])
     adata.obs["type"] = pd.Categorical(
         np.array(["stem/early", "late"])[group], categories=["late", "stem/early", "none"]
     )
@@ -348,7 +348,7 @@ def test_ot_flow_draws_shares_and_what_moves_between_them() -> None:
     ax = sd.pl.ot_flow(adata, "type", show=False)
     shares = [[0.25, 0.75], [0.5, 0.5], [0.75, 0.25]]
     np.testing.assert_allclose([bar.get_height() for bar in ax.patches], np.ravel(shares))
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["1\n(40)", "2\n(40)", "4\n(48)"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1.3\n(40)", "2.0\n(40)", "4.1\n(48)"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["stem/early", "late"]
     assert inside(ax)
     # Groups keep to themselves: one ribbon for each, from its share before to its share after.
@@ -368,11 +368,11 @@ def test_ot_flow_draws_shares_and_what_moves_between_them() -> None:
 
 def test_ot_flow_adds_up_what_single_cells_move() -> None:
     adata = flowing()
-    sd.tl.ot_trajectory(adata, "day", tau=0.9, epsilon=2.0)  # groups mix
+    sd.tl.ot_trajectory(adata, "day", tau=(0.5, 1.0), epsilon=2.0)  # groups mix
     sd.tl.ot_pull(adata, groupby="type", time=2)
     ax = sd.pl.ot_flow(adata, "type", min_share=0, show=False)
     assert len(ax.collections) == 8
-    late = (adata.obs["day"] == 1) & (adata.obs["type"] == "late")
+    late = (adata.obs["day"] == 1.3) & (adata.obs["type"] == "late")
     vertices = ax.collections[0].get_paths()[0].vertices
     stays = np.ptp(vertices[np.isclose(vertices[:, 0], vertices[:, 0].min()), 1])
     weight = adata.obs["growth_rate"][late]

@@ -172,7 +172,7 @@ def ot_trajectory(
 
     growth_key = "growth_rate" if key_added == "ot_trajectory" else f"{key_added}_growth_rate"
     step = Step(
-        key_added,
+        "ot_trajectory",
         op,
         reads=(z, time, source),
         writes=(

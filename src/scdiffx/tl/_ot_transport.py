@@ -59,8 +59,8 @@ def ot_pull(
 
     `adata.obsm["fate" | key_added]` : DataFrame of float32, cells x groups
         For groups: probabilities, for the groups that the time point has; rows sum to 1, and those of later cells are
-        NaN. A slash in the name of a group becomes a bar, as files hold no such columns. A column times the growth over
-        the step, divided by its sum over a time point, is how the ancestors of the group are distributed there.
+        NaN. A slash in the name of a group becomes a bar, as files hold no such columns. At the time point before, a
+        column times the growth over the step, divided by its sum, is how the ancestors of the group are distributed.
     `adata.obs["fate" | key_added]` : float32 (cells,)
         For numbers: their mean over the descendants, NaN for later cells.
 
@@ -116,8 +116,9 @@ def ot_push(
 
     `adata.obsm["origin" | key_added]` : DataFrame of float32, cells x groups
         For groups: shares, for the groups that the time point has; rows sum to 1, and those of earlier cells are NaN.
-        A slash in the name of a group becomes a bar, as files hold no such columns. A column, divided by its sum over a
-        time point, is how the descendants of the group are distributed there.
+        A slash in the name of a group becomes a bar, as files hold no such columns. Where the
+        later marginals are held exactly, a column divided by its sum over a time point is how the descendants of the
+        group are distributed there.
     `adata.obs["origin" | key_added]` : float32 (cells,)
         For numbers: their mean over the ancestors, NaN for earlier cells.
 
@@ -167,7 +168,7 @@ def _transport(
         return {target: pd.DataFrame(values, index=data.obs_names, columns=names)}
 
     step = Step(
-        key_added,
+        "ot_push" if forth else "ot_pull",
         ops.OTTransport(forth=forth, start=start, n_groups=None if groups is None else len(groups)),
         reads=(z, at, Uns(key, COUPLING), Obs(groupby, codes=groups is not None)),
         writes=(Write(target, extract, np.float32),),
@@ -201,6 +202,8 @@ def _coupled(adata: AnnData | Plan, key: str) -> tuple[Obsm, Decoded, str]:
             f"cells, `adata.obs[{params['time_key']!r}]` or `adata.obsm[{z.key!r}]` are no longer those that were "
             "coupled: run `ot_trajectory` again"
         )
+    if isinstance(adata, Plan) and adata.writes(z):
+        raise ValueError(f"the plan changes `adata.obsm[{z.key!r}]`, which was coupled: record `ot_trajectory` too")
     return z, time, str(params["time_key"])
 
 

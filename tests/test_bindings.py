@@ -138,6 +138,16 @@ def ambient_keys(layer: str, prefix: str, *extra: str) -> dict[str, str]:
     }
 
 
+def coupling_keys(key: str, growth: str) -> dict[str, str]:
+    arrays = dict.fromkeys(("f", "g", "scale", "cost", "error"), "float32")
+    rest = {"times": "float64", "labels": "object", "iterations": "int32", "epsilon": "float", "fingerprint": "int"}
+    return {
+        f"obs/{growth}": "float32",
+        **{f"uns/{key}{part}": "mapping" for part in ("", "/params")},
+        **{f"uns/{key}/{name}": dtype for name, dtype in (arrays | rest).items()},
+    }
+
+
 SCRUBLET = {
     "obs/doublet_score": "float64",
     "obs/predicted_doublet": "bool",
@@ -384,6 +394,30 @@ CASES = [
         keyed=distribution_keys("mine"),
         matrix=True,
     ),
+    Case(
+        "ot_trajectory",
+        "tl.ot_trajectory",
+        "timed",
+        coupling_keys("ot_trajectory", "growth_rate"),
+        {"time_key": "day"},
+        keyed=coupling_keys("mine", "mine_growth_rate"),
+    ),
+    Case(
+        "ot_pull",
+        "tl.ot_pull",
+        "coupled",
+        {"obsm/fate": "DataFrame"},
+        {"groupby": "cell_type"},
+        keyed={"obsm/mine": "DataFrame"},
+    ),
+    Case(
+        "ot_push",
+        "tl.ot_push",
+        "coupled",
+        {"obs/origin": "float32"},
+        {"groupby": "quality"},
+        keyed={"obs/mine": "float32"},
+    ),
     Case("diffmap", "tl.diffmap", "graph", DIFFMAP, {"n_comps": 6}),
     Case(
         "pseudotime",
@@ -422,6 +456,8 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
+        "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
+        "coupled": ("timed", lambda a: sd.tl.ot_trajectory(a, "day")),
         "rooted": ("graph", lambda a: a.uns.update(iroot=3)),
     }[name]
     adata = source(earlier)
@@ -478,8 +514,8 @@ def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
 
 def test_every_public_function_has_a_case() -> None:
     public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
-    # It writes to a new AnnData, which tests/ops/test_simulate.py looks at.
-    assert public - {"tl.simulate"} == set(FUNCTIONS)
+    # They write to nothing: tests/ops/test_simulate.py and tests/ops/test_ot_trajectory.py look at what they return.
+    assert public - {"tl.simulate", "tl.ot_interpolate"} == set(FUNCTIONS)
 
 
 @each(CASES)
@@ -512,7 +548,8 @@ def test_copy_leaves_the_original_alone(case: Case) -> None:
 def test_a_view_becomes_actual_and_its_parent_stays(case: Case) -> None:
     parent = source(case.source)
     before = contents(parent)
-    view = parent[np.arange(CELLS) != 2]
+    # Couplings are between all cells that there were.
+    view = parent[:, np.arange(GENES) != 2] if case.source == "coupled" else parent[np.arange(CELLS) != 2]
     alone = view.copy()
     with pytest.warns(UserWarning, match="view") as caught:
         function_named(case.function)(view, **case.kwargs)
@@ -824,6 +861,31 @@ REFUSED = [
     ("remove_ambient", {"empty_profile": np.zeros(GENES)}, ValueError, "sum above 0"),
     ("remove_ambient", {"empty_profile": np.full(GENES, np.nan)}, ValueError, "numbers of at least 0"),
     ("remove_ambient", {"empty_profile": "soup"}, TypeError, "is a str"),
+    ("ot_trajectory", {"time_key": "absent"}, KeyError, r"time_key='absent'.*'cell_type'"),
+    ("ot_trajectory", {"time_key": "index"}, ValueError, "150 different values for 150 cells"),
+    ("ot_trajectory", {"time_key": "partial"}, ValueError, "1 cells is missing"),
+    ("ot_trajectory", {"time_key": "endless"}, ValueError, "finite"),
+    ("ot_trajectory", {"epsilon": 0}, ValueError, "epsilon=0"),
+    ("ot_trajectory", {"tau": (0.5, 1.2)}, ValueError, r"tau=\(0.5, 1.2\)"),
+    ("ot_trajectory", {"tau": 0}, ValueError, r"tau=\(0, 0\)"),
+    ("ot_trajectory", {"growth_iters": 0}, ValueError, "growth_iters=0"),
+    ("ot_trajectory", {"max_iter": 0}, ValueError, "max_iter=0"),
+    ("ot_trajectory", {"time_unit": -1}, ValueError, "time_unit=-1"),
+    ("ot_trajectory", {"scale_cost": "max"}, ValueError, r"scale_cost='max'.*'median'"),
+    ("ot_trajectory", {"scale_cost": -1.0}, ValueError, "scale_cost=-1"),
+    ("ot_trajectory", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
+    ("ot_trajectory", {"layer": "spare"}, ValueError, "layer='spare'"),
+    ("ot_trajectory", {"growth": "absent"}, KeyError, "growth='absent'"),
+    ("ot_trajectory", {"growth": "cell_type"}, TypeError, "growth='cell_type'.*numbers"),
+    ("ot_trajectory", {"growth": "index"}, ValueError, "growth='index'.*greater than 0"),
+    ("ot_trajectory", {"growth": 2}, TypeError, "growth is a int"),
+    ("ot_trajectory", {"growth": {"birth": ["HES4"]}}, ValueError, "'proliferation'"),
+    ("ot_trajectory", {"growth": {"proliferation": ["absent"]}}, KeyError, "'absent'"),
+    ("ot_pull", {"groupby": "absent"}, KeyError, r"groupby='absent'.*'batch'"),
+    ("ot_pull", {"groupby": "missing"}, ValueError, "groupby='missing'.*1 cells"),
+    ("ot_pull", {"key": "absent"}, KeyError, "key='absent'.*run `ot_trajectory` first"),
+    ("ot_pull", {"key": "pca"}, ValueError, "does not hold couplings"),
+    ("ot_push", {"time": 0.5}, ValueError, r"time=0.5.*\[0.0, 1.5\]"),
     ("diffmap", {"n_comps": 2}, ValueError, "n_comps=2"),
     ("pseudotime", {"root": None}, ValueError, "iroot"),
     ("pseudotime", {"root": CELLS}, ValueError, f"root={CELLS}"),
@@ -840,6 +902,8 @@ def test_impossible_settings_are_refused(name: str, kwargs: Any, error: type[Exc
     adata = source(case.source)
     adata.obs["index"] = np.arange(CELLS)
     adata.obs["partial"] = np.where(np.arange(CELLS) == 3, np.nan, 1)
+    adata.obs["missing"] = pd.Categorical(np.where(np.arange(CELLS) == CELLS - 1, None, "a"))
+    adata.obs["endless"] = np.where(np.arange(CELLS) == 3, np.inf, 1)
     assert_refuses(case, adata, error, match, **kwargs)
 
 

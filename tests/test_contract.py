@@ -267,6 +267,26 @@ CASES = [
         start=lambda d: (d.counts, jnp.argmax(d.coordinates[:, :3], 1), d.batch),
     ),
     Case(
+        "ot_trajectory",
+        lambda: ops.OTTrajectory(epsilon=0.2, tau=(0.7, 0.8), rounds=2, tol=1e-12),
+        lambda d: (d.coordinates, d.batch, jnp.exp(d.coordinates[:, 0] / 10)),
+        lambda r: (r.f, r.g, r.scale, r.growth, r.cost),
+        budget=250,
+        learns=("epsilon",),
+    ),
+    Case(
+        "ot_transport",
+        lambda: ops.OTTransport(),
+        lambda d: (
+            d.coordinates,
+            d.batch,
+            {"g": d.coordinates[:, 1], "scale": jnp.asarray([30.0]), "epsilon": jnp.asarray(0.5)},
+            jax.nn.softmax(d.coordinates[:, :3]),
+        ),
+        lambda r: r,
+        budget=150,
+    ),
+    Case(
         "diffusion_map",
         lambda: ops.DiffusionMap(n_comps=8),
         lambda d: (d.graph,),
@@ -457,8 +477,10 @@ def shuffled_data() -> Data:
 
 def derivative_at(case: Case, n: int) -> tuple[Callable[..., Any], Any, Any]:
     """Value and derivative of a case as one function, and the float32 shapes of its arguments for n cells."""
-    # Simulated doublets are two for each cell.
-    op, args = enlarged(ready(case.name), {CELLS: n, 2 * CELLS: 2 * n, 3 * CELLS: 3 * n, GENES: MANY_GENES})
+    # Simulated doublets are two for each cell; a time point has half of the cells.
+    op, args = enlarged(
+        ready(case.name), {CELLS // 2: n // 2, CELLS: n, 2 * CELLS: 2 * n, 3 * CELLS: 3 * n, GENES: MANY_GENES}
+    )
 
     def both(op: Any, args: Any) -> Any:
         params, (floats, _) = parameters(op), float_leaves(args)

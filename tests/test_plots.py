@@ -325,3 +325,80 @@ def test_ambient_draws_the_genes_that_lost_most() -> None:
 def test_ambient_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         sd.pl.ambient(soaked(), show=False, **settings)
+
+
+def flowing() -> ad.AnnData:
+    """Two groups that keep to themselves over three days; of the second there are more and more cells."""
+    rng = np.random.default_rng(0)
+    counts = [(30, 10), (20, 20), (12, 36)]
+    group = np.concatenate([np.repeat([0, 1], pair) for pair in counts])
+    adata = ad.AnnData(np.zeros((len(group), 1), np.float32))
+    adata.obsm["X_pca"] = (rng.normal(size=(len(group), 3)) * 0.2 + group[:, None] * [5, 0, 0]).astype(np.float32)
+    adata.obs["day"] = np.repeat([1.3, 2, 4.1], [sum(pair) for pair in counts])
+    adata.obs["type"] = pd.Categorical(
+        np.array(["stem/early", "late"])[group], categories=["late", "stem/early", "none"]
+    )
+    sd.tl.ot_trajectory(adata, "day", tau=(0.5, 1.0))
+    return adata
+
+
+def test_ot_flow_draws_shares_and_what_moves_between_them() -> None:
+    adata = flowing()
+    adata.uns["type_colors"] = ["#ff0000", "#0000ff", "#00ff00"]
+    ax = sd.pl.ot_flow(adata, "type", show=False)
+    shares = [[0.25, 0.75], [0.5, 0.5], [0.75, 0.25]]
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], np.ravel(shares))
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1.3\n(40)", "2.0\n(40)", "4.1\n(48)"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["stem/early", "late"]
+    assert inside(ax)
+    # Groups keep to themselves: one ribbon for each, from its share before to its share after.
+    ribbons = [c.get_paths()[0].get_extents() for c in ax.collections]
+    ends = [(c.get_paths()[0].vertices, c.get_facecolor()[0][:3]) for c in ax.collections]
+    assert len(ribbons) == 4
+    for (vertices, color), (before, after), expected in zip(
+        ends, [(0.25, 0.5), (0.75, 0.5), (0.5, 0.75), (0.5, 0.25)], [(1, 0, 0), (0, 0, 1)] * 2, strict=True
+    ):
+        heights = [
+            np.ptp(vertices[np.isclose(vertices[:, 0], x), 1]) for x in (vertices[:, 0].min(), vertices[:, 0].max())
+        ]
+        np.testing.assert_allclose(heights, [before, after], atol=1e-3)
+        np.testing.assert_allclose(color, expected)
+    assert not sd.pl.ot_flow(adata, "type", min_share=0.9, show=False).collections
+
+
+def test_ot_flow_adds_up_what_single_cells_move() -> None:
+    adata = flowing()
+    sd.tl.ot_trajectory(adata, "day", tau=(0.5, 1.0), epsilon=2.0)  # groups mix
+    sd.tl.ot_pull(adata, groupby="type", time=2)
+    ax = sd.pl.ot_flow(adata, "type", min_share=0, show=False)
+    assert len(ax.collections) == 8
+    late = (adata.obs["day"] == 1.3) & (adata.obs["type"] == "late")
+    vertices = ax.collections[0].get_paths()[0].vertices
+    stays = np.ptp(vertices[np.isclose(vertices[:, 0], vertices[:, 0].min()), 1])
+    weight = adata.obs["growth_rate"][late]
+    expected = 0.25 * np.average(adata.obsm["fate"]["late"][late], weights=weight)
+    assert stays == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("n_groups", [12, 40])
+def test_ot_flow_of_many_groups_is_legible(n_groups: int) -> None:
+    adata = flowing()
+    adata.obs["many"] = pd.Categorical([f"group {i % n_groups:02d}" for i in range(adata.n_obs)])
+    ax = sd.pl.ot_flow(adata, "many", show=False)
+    assert len({p.get_facecolor() for p in ax.get_legend().get_patches()}) == n_groups
+    assert inside(ax)
+
+
+def test_ot_flow_says_what_is_missing() -> None:
+    adata = flowing()
+    with pytest.raises(KeyError, match=r"key='absent'.*sd\.tl\.ot_trajectory"):
+        sd.pl.ot_flow(adata, "type", key="absent", show=False)
+    with pytest.raises(KeyError, match=r"groupby='absent'.*'type'"):
+        sd.pl.ot_flow(adata, "absent", show=False)
+    with pytest.raises(ValueError, match="min_share=1"):
+        sd.pl.ot_flow(adata, "type", min_share=1, show=False)
+    with pytest.raises(ValueError, match="no longer those that were coupled"):
+        sd.pl.ot_flow(adata[:50].copy(), "type", show=False)
+    adata.obs["type"] = adata.obs["type"].cat.remove_categories("late")
+    with pytest.raises(ValueError, match="missing for 66 cells"):
+        sd.pl.ot_flow(adata, "type", show=False)

@@ -18,6 +18,7 @@ from scdiffx._log import warn
 
 __all__ = [
     "Connectivities",
+    "Decoded",
     "Distances",
     "Genes",
     "Given",
@@ -25,6 +26,7 @@ __all__ = [
     "Obs",
     "Obsm",
     "Part",
+    "Single",
     "Slot",
     "Uns",
     "Var",
@@ -322,15 +324,17 @@ class Distances(_Pairs):
 
 @dataclass(frozen=True)
 class Uns(_Ordered):
-    """An entry of `uns`: bookkeeping on the host, or an array."""
+    """An entry of `uns`: bookkeeping on the host, an array, or the arrays of a dictionary named by `parts`."""
 
     key: str
+    parts: tuple[str, ...] = ()
 
     def exists(self, adata: Any) -> bool:
         return self.key in adata.uns
 
     def read(self, adata: Any) -> Any:
-        return jnp.asarray(_lookup(adata.uns, self.key, "uns"))
+        entry = _lookup(adata.uns, self.key, "uns")
+        return {part: jnp.asarray(entry[part]) for part in self.parts} if self.parts else jnp.asarray(entry)
 
     def host(self, adata: Any, value: Any) -> Any:
         return np.asarray(value) if isinstance(value, jax.Array) else value
@@ -378,6 +382,27 @@ class Leading(Part):
         if value.shape[1] < self.n:
             raise ValueError(f"{self.n} dimensions were asked for, but {self.of} has {value.shape[1]}")
         return value[:, : self.n]
+
+
+@dataclass(frozen=True)
+class Decoded(Part):
+    """Category codes as the numbers that stand for them."""
+
+    of: Any
+    values: tuple[float, ...]
+
+    def take(self, value: Any) -> Any:
+        return jnp.asarray(np.asarray(self.values, np.float32))[value]
+
+
+@dataclass(frozen=True)
+class Single(Part):
+    """Another slot in single precision, where its own is not to decide how a step computes."""
+
+    of: Any
+
+    def take(self, value: Any) -> Any:
+        return value.astype(jnp.float32)
 
 
 @dataclass(frozen=True)

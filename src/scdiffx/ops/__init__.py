@@ -14,6 +14,7 @@ from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
+from scdiffx.ops._ot_trajectory import OTTrajectory, OTTrajectoryResult, OTTransport
 from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
@@ -48,6 +49,9 @@ __all__ = [
     "NeighborsResult",
     "NormalizeTotal",
     "NormalizeTotalResult",
+    "OTTrajectory",
+    "OTTrajectoryResult",
+    "OTTransport",
     "PCAResult",
     "Pattern",
     "Pseudotime",

@@ -3,6 +3,7 @@
 from scdiffx.pl._ambient import ambient
 from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fit import fit
+from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
 
-__all__ = ["ambient", "doublets", "fit", "pseudotime"]
+__all__ = ["ambient", "doublets", "fit", "ot_flow", "pseudotime"]

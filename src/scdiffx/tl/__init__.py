@@ -3,7 +3,20 @@
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._leiden import leiden
+from scdiffx.tl._ot_trajectory import ot_trajectory
+from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 
-__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime", "simulate"]
+__all__ = [
+    "differential_distribution",
+    "diffmap",
+    "dpt",
+    "leiden",
+    "ot_interpolate",
+    "ot_pull",
+    "ot_push",
+    "ot_trajectory",
+    "pseudotime",
+    "simulate",
+]

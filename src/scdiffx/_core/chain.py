@@ -112,7 +112,8 @@ def _solved(system: _OneMinus, b: Array, goal: float, off: Callable[[Array], Arr
 
     def correct(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         x, distance, _, count = state
-        new = x + _bicgstab(system.__matmul__, b - system @ x, tol, _STEPS)[0]
+        wanted = jnp.where(count > 0, 0.1 * goal / distance, tol)
+        new = x + _bicgstab(system.__matmul__, b - system @ x, wanted, jnp.asarray(_STEPS))[0]
         better = off(new) < distance
         return jnp.where(better, new, x), jnp.where(better, off(new), distance), better, count + 1
 
@@ -123,12 +124,12 @@ def _solved(system: _OneMinus, b: Array, goal: float, off: Callable[[Array], Arr
 
 @jax.custom_vjp
 def _ends(system: _OneMinus, ends: Array, total: Array) -> tuple[Array, Array]:
-    """Solve for the chances of all ends, which have to sum to `total`; and whether they do."""
+    """Solve for the chances of all ends, which have to sum to `total`; and whether they do to 100 times the goal."""
     order = jnp.asarray(system.graph.pattern.order)
     goal = _accuracy(ends.dtype)[1]
     near, b, wanted = _OneMinus(system.graph.reordered()), ends[order], total[order]
     x, distance = _solved(near, b, goal, lambda x: jnp.abs(x.sum(1) - wanted).max())
-    return jnp.zeros_like(x).at[order].set(x, unique_indices=True), distance <= goal
+    return jnp.zeros_like(x).at[order].set(x, unique_indices=True), distance <= 100 * goal
 
 
 def _ends_fwd(system: _OneMinus, ends: Array, total: Array) -> tuple[tuple[Array, Array], tuple[_OneMinus, Array]]:

@@ -80,6 +80,8 @@ class FateProbabilities:
         known = (rows_to_slots(p, finite.astype(time.dtype)) * columns_to_slots(p, finite.astype(time.dtype))) > 0
         back = jnp.where(known, rows_to_slots(p, time) - columns_to_slots(p, time), 0)
         if self.scheme == "soft":
+            if self.b is None or self.nu is None:
+                raise ValueError("scheme='soft' needs numbers for b and nu")
             # 2 / (1 + exp(b dt))^(1 / nu) without overflow
             weight = 2 * jnp.exp(-jax.nn.softplus(jnp.where(back > 0, self.b * back, 0)) / self.nu)
             weight = jnp.where(back > 0, weight, 1)

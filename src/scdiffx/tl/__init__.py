@@ -2,8 +2,9 @@
 
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
+from scdiffx.tl._fate_probabilities import fate_probabilities
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 
-__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime", "simulate"]
+__all__ = ["differential_distribution", "diffmap", "dpt", "fate_probabilities", "leiden", "pseudotime", "simulate"]

@@ -303,13 +303,11 @@ def _warn(result: ops.FateProbabilitiesResult, names: list[str], codes: np.ndarr
     missed = (~reaches[transient & reaches.any(1)]).sum(0)
     if missed.any():
         parts = [f"{name!r} ({count} cells)" for name, count in zip(names, missed, strict=True) if count]
-        warn(
-            f"some cells that reach a terminal state cannot reach all, which have probability 0 there: {', '.join(parts)}"
-        )
+        warn(f"not every terminal state can be reached from all cells; probability 0 there: {', '.join(parts)}")
     caught = transient & reaches.any(1) & (absorbed < 1 - 1e-6)
     if caught.any():
         warn(
-            f"the walks of {caught.sum()} cells can be caught where no terminal state is reached, with a chance of up to "
+            f"walks of {caught.sum()} cells can be caught where no terminal state is reached, with a chance of up to "
             f"{1 - absorbed[caught].min():.2g}: their probabilities are those of the other walks"
         )
     if not bool(result.converged):

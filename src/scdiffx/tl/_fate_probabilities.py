@@ -123,6 +123,8 @@ def fate_probabilities(
     process.
     """
     data = adata.adata if isinstance(adata, Plan) else adata
+    if data.n_obs < 2:
+        raise ValueError(f"`adata` has {data.n_obs} cell(s); fates need cells that are terminal and cells that are not")
     _check(time_key, threshold_scheme, frac_to_keep, b, nu, transition_key, priming)
     scheme = threshold_scheme if transition_key is None else None
     graph = Connectivities(neighbors_key) if transition_key is None else Obsp(transition_key)

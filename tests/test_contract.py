@@ -295,13 +295,6 @@ CASES = [
         learns=("b", "nu"),
     ),
     Case(
-        "fate_probabilities_undirected",
-        lambda: ops.FateProbabilities(scheme=None, priming="entropy"),
-        lambda d: (d.graph, two_fates(d)),
-        lambda r: (r.probabilities, r.priming),
-        budget=250,
-    ),
-    Case(
         "leiden",
         lambda: ops.Leiden(),
         lambda d: (d.graph,),

@@ -1,0 +1,310 @@
+"""Fates against CellRank, direct solution and closed forms; broken chains; states that are found; known fates."""
+
+from __future__ import annotations
+
+import functools
+
+import anndata as ad
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from scipy.sparse.linalg import spsolve
+
+import scdiffx as sd
+from helpers import QUICK, called, directional_fd
+from scdiffx import ops
+
+STATES = ["CD14+ Monocyte", "CD19+ B", "CD56+ NK"]
+# CellRank 2.3.3 (scanpy 1.12.4, gmres with tol=1e-12) on the input of `blood`, cells 5, 116, ..., 671: probabilities,
+# their sums and sums of squares over all cells, and the priming degree by entropy.
+CELLRANK = {
+    "soft": (
+        [
+            [0.0, 1.0, 0.0],
+            [0.517408087, 0.090622249, 0.391969663],
+            [0.82096217, 0.037161072, 0.141876757],
+            [0.0, 1.0, 0.0],
+            [0.0160335, 0.280942637, 0.703023863],
+            [0.992407359, 0.00029725, 0.00729539],
+            [0.0, 1.0, 0.0],
+        ],
+        [271.4103392821104, 148.38630548515033, 280.20335522931555],
+        [233.4597702695547, 109.13870216257087, 217.02325431356974],
+        [1.0, 0.054935579, 0.426845788, 1.0, 0.315243247, 0.953161999, 1.0],
+    ),
+    "hard": (
+        [
+            [0.0, 1.0, 0.0],
+            [0.681952674, 0.073831978, 0.244215347],
+            [0.866586064, 0.032128736, 0.1012852],
+            [0.0, 1.0, 0.0],
+            [0.032445847, 0.324948411, 0.642605742],
+            [0.997585643, 0.000108841, 0.002305516],
+            [0.0, 1.0, 0.0],
+        ],
+        [292.55317886220007, 157.59538871169588, 249.85143242290346],
+        [259.6358973600773, 113.00084950713322, 187.26113328526253],
+        [1.0, 0.175976377, 0.518147712, 1.0, 0.214244058, 0.982021359, 1.0],
+    ),
+}
+
+
+@pytest.fixture
+def blood(pbmc68k_reduced: ad.AnnData) -> ad.AnnData:
+    first = pbmc68k_reduced.obsm["X_pca"][:, 0].astype(float)
+    pbmc68k_reduced.obs["late"] = (first - first.min()) / np.ptp(first)
+    return pbmc68k_reduced
+
+
+def weights_and_time(adata: ad.AnnData) -> tuple[sp.csr_matrix, np.ndarray]:
+    return adata.obsp["connectivities"].astype(float).tocsr(), adata.obs["late"].to_numpy()
+
+
+def soft_by_hand(weights: sp.csr_matrix, time: np.ndarray, b: float, nu: float) -> np.ndarray:
+    found = weights.toarray()
+    for i, j in zip(*found.nonzero(), strict=True):
+        if time[j] < time[i]:
+            found[i, j] *= 2.0 / (1.0 + np.exp(b * (time[i] - time[j]))) ** (1.0 / nu)
+    return found / found.sum(1, keepdims=True)
+
+
+def hard_by_hand(weights: sp.csr_matrix, time: np.ndarray, fraction: float) -> np.ndarray:
+    found = np.zeros(weights.shape)
+    for i in range(len(time)):
+        row = weights[[i]]
+        order = np.flip(np.argsort(row.data, kind="stable"))
+        kept = min(30, int(np.floor(len(order) * fraction)))
+        for rank, at in enumerate(order):
+            j = row.indices[at]
+            if rank < kept or time[i] <= time[j]:
+                found[i, j] = row.data[at]
+    return found / found.sum(1, keepdims=True)
+
+
+def solved_directly(transitions: np.ndarray, terminal: np.ndarray) -> np.ndarray:
+    inside, n_fates = terminal < 0, terminal.max() + 1
+    ends = np.stack([transitions[inside][:, terminal == i].sum(1) for i in range(n_fates)], 1)
+    found = np.eye(n_fates)[terminal]
+    system = sp.csc_matrix(np.eye(inside.sum()) - transitions[inside][:, inside])
+    found[inside] = spsolve(system, ends).reshape(ends.shape)
+    return found
+
+
+def line(n: int, up: float, terminal: dict[int, int]) -> tuple[ops.Graph, jax.Array]:
+    """A walk on a line that goes up with a chance of `up`, and is stopped at the cells of `terminal`."""
+    steps = sp.diags([np.r_[np.full(n - 2, 1 - up), 1.0], np.r_[1.0, np.full(n - 2, up)]], [-1, 1])
+    labels = np.full(n, -1)
+    labels[list(terminal)] = list(terminal.values())
+    return ops.Graph.from_scipy(sp.csr_matrix(steps)), jnp.asarray(labels, jnp.int32)
+
+
+def fates_of(graph: ops.Graph, terminal: jax.Array) -> ops.FateProbabilitiesResult:
+    op = ops.FateProbabilities(scheme=None).init(graph, terminal)
+    return called(op, graph, terminal)
+
+
+@pytest.mark.parametrize("scheme", ["soft", "hard"])
+def test_probabilities_equal_cellrank(blood: ad.AnnData, scheme: str) -> None:
+    settings = {"groupby": "bulk_labels", "time_key": "late", "threshold_scheme": scheme, "priming": "entropy"}
+    # A few cells have neighbours in one terminal group only.
+    with pytest.warns(UserWarning, match="not every terminal state can be reached") as caught:
+        sd.tl.fate_probabilities(blood, STATES, **settings)
+    assert len(caught) == 1
+    rows, sums, squares, priming = CELLRANK[scheme]
+    found = blood.obsm["lineages_fwd"]
+    np.testing.assert_allclose(found[5::111], rows, atol=1e-6)
+    np.testing.assert_allclose(found.sum(0), sums, rtol=1e-7)
+    np.testing.assert_allclose((found**2).sum(0), squares, rtol=1e-7)
+    np.testing.assert_allclose(blood.obs["priming_degree_fwd"].to_numpy()[5::111], priming, atol=1e-6)
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scheme", ["soft", "hard", None])
+def test_chain_and_probabilities_equal_their_definitions(blood: ad.AnnData, scheme: str | None) -> None:
+    weights, time = weights_and_time(blood)
+    terminal = np.asarray([{"CD19+ B": 0, "CD34+": 1}.get(name, -1) for name in blood.obs["bulk_labels"]])
+    settings = {"soft": {"b": 7.0, "nu": 0.8}, "hard": {"frac_to_keep": 0.2}, None: {}}[scheme]
+    graph, args = ops.Graph.from_scipy(weights), (jnp.asarray(terminal, jnp.int32), jnp.asarray(time))
+    op = ops.FateProbabilities(scheme=scheme, **settings).init(graph, *args)
+    by_hand = {
+        "soft": lambda: soft_by_hand(weights, time, 7.0, 0.8),
+        "hard": lambda: hard_by_hand(weights, time, 0.2),
+        None: lambda: weights.toarray() / weights.toarray().sum(1, keepdims=True),
+    }[scheme]()
+    np.testing.assert_allclose(op.transitions(graph, args[1]).to_scipy().toarray(), by_hand, atol=1e-14)
+    result = called(op, graph, *args)
+    assert bool(result.converged)
+    np.testing.assert_allclose(result.absorbed, 1, atol=1e-8)
+    np.testing.assert_allclose(result.probabilities, solved_directly(by_hand, terminal), atol=1e-7)
+    share = np.asarray(result.probabilities)
+    mean = share.mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        divergence = np.nansum(share * np.log2(share / mean), 1)
+    expected = (divergence - divergence.min()) / np.ptp(divergence)
+    np.testing.assert_allclose(result.priming, expected, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("up", [0.5, 0.25])
+def test_a_line_has_the_chances_of_the_gambler(up: float) -> None:
+    """With up=0.25 the walk is driven away from the upper end: its chances fall to 1e-28, and stay positive."""
+    n = 60
+    result = fates_of(*line(n, up, {0: 0, n - 1: 1}))
+    place, ratio = np.arange(n), (1 - up) / up
+    upper = place / (n - 1) if up == 0.5 else (1 - ratio**place) / (1 - ratio ** (n - 1))
+    np.testing.assert_allclose(result.probabilities[:, 1], upper, atol=1e-9)
+    assert float(result.probabilities.min()) >= 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_walks_that_are_held_for_long_do_not_spoil_the_result() -> None:
+    """Two ends behind slopes that the walk has to climb: 10^8 steps, which a residual of 1e-9 does not notice."""
+    n = 41
+    drift = np.where(np.arange(n) < n // 2, 0.75, 0.25)
+    steps = sp.diags([np.r_[1 - drift[1:-1], 1.0], np.r_[1.0, drift[1:-1]]], [-1, 1])
+    terminal = np.full(n, -1)
+    terminal[[0, -1]] = 0, 1
+    result = fates_of(ops.Graph.from_scipy(sp.csr_matrix(steps)), jnp.asarray(terminal, jnp.int32))
+    assert bool(result.converged)
+    np.testing.assert_allclose(result.absorbed, 1, atol=1e-6)
+    np.testing.assert_allclose(result.probabilities, solved_directly(steps.toarray(), terminal), atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_cannot_be_reached_and_where_walks_are_caught() -> None:
+    """Cell 1 steps to 0, 2 or 3; 3 and 4 keep the walk; 5 and 6 see nothing else; 7 has no edge."""
+    steps = np.zeros((8, 8))
+    steps[0, 1] = steps[2, 1] = 1
+    steps[1, [0, 2, 3]] = 0.5, 0.25, 0.25
+    steps[3, 4] = steps[4, 3] = steps[5, 6] = steps[6, 5] = 1
+    result = fates_of(ops.Graph.from_scipy(sp.csr_matrix(steps)), jnp.asarray([0, -1, 1, -1, -1, -1, -1, -1]))
+    np.testing.assert_allclose(result.probabilities[:3], [[1, 0], [2 / 3, 1 / 3], [0, 1]], atol=1e-12)
+    np.testing.assert_allclose(result.absorbed[:3], [1, 0.75, 1], atol=1e-12)
+    assert np.isnan(np.asarray(result.probabilities[3:])).all()
+    assert np.isnan(np.asarray(result.priming[3:])).all()
+    assert np.asarray(result.reaches).tolist() == [[True, False], [True, True], [False, True]] + [[False] * 2] * 5
+
+
+def two_arms(n: int = 160, split: float = 0.4) -> ad.AnnData:
+    """Cells that go along a line and then to the end of one of two arms, with their graph and pseudotime."""
+    rng = np.random.default_rng(0)
+    time = np.sort(np.minimum(rng.uniform(0, 1.25, size=n), 1) + 0.01 * rng.uniform(size=n))
+    arm = np.where(time < split, 0, np.where(np.arange(n) % 2, 1, -1))
+    points = np.c_[time, arm * np.maximum(time - split, 0)] + 0.01 * rng.normal(size=(n, 2))
+    adata = ad.AnnData(np.zeros((n, 2), np.float32), obsm={"X_pca": points.astype(np.float32)})
+    adata.obs["arm"] = pd.Categorical(np.array(["down", "stem", "up"])[arm + 1])
+    adata.obs["dpt_pseudotime"] = time
+    adata.uns["arm_colors"] = ["#111111", "#222222", "#333333"]
+    sd.pp.neighbors(adata, n_neighbors=8, use_rep="X_pca")
+    return adata
+
+
+def test_states_by_group_by_cells_and_looked_for() -> None:
+    adata = two_arms()
+    up, down = (adata.obs_names[adata.obs["arm"] == arm][-5:].tolist() for arm in ("up", "down"))
+    sd.tl.fate_probabilities(adata, {"north": up, "south": down})
+    assert adata.obs["term_states_fwd"].cat.categories.tolist() == ["north", "south"]
+    assert adata.obs_names[adata.obs["term_states_fwd"] == "north"].tolist() == up
+    late = adata.obs["dpt_pseudotime"].to_numpy() > 0.5
+    goes_up = adata.obsm["lineages_fwd"][:, 0] > 0.5
+    assert (goes_up[late] == (adata.obs["arm"] == "up")[late]).all()
+    assert adata.obs["priming_degree_fwd"].to_numpy()[late].min() > adata.obs["priming_degree_fwd"].iloc[:20].max()
+    swapped = sd.tl.fate_probabilities(adata, {"south": down, "north": up}, copy=True)
+    np.testing.assert_allclose(swapped.obsm["lineages_fwd"][:, ::-1], adata.obsm["lineages_fwd"], atol=1e-8)
+
+    sd.tl.fate_probabilities(adata, groupby="arm")
+    assert sorted(adata.uns["fate"]["names"]) == ["down", "up"]
+    colors = dict(zip(adata.uns["fate"]["names"], adata.uns["term_states_fwd_colors"], strict=True))
+    assert colors == {"down": "#111111", "up": "#333333"}
+    found = adata.obs["term_states_fwd"]
+    assert (found.dropna() == adata.obs["arm"][found.notna()].astype(str)).all()
+    assert adata.obs["dpt_pseudotime"][found.notna()].min() > 0.8
+    assert sd.tl.fate_probabilities(adata, copy=True).uns["fate"]["names"].tolist() == ["0", "1"]
+
+
+def test_a_transition_matrix_of_ones_own() -> None:
+    adata = two_arms()
+    sd.tl.fate_probabilities(adata, ["up", "down"], "arm")
+    weights, time = adata.obsp["connectivities"], adata.obs["dpt_pseudotime"].to_numpy()
+    adata.obsp["T_fwd"] = sp.csr_matrix(soft_by_hand(weights.astype(float), time, 10, 0.5))
+    other = sd.tl.fate_probabilities(adata, ["up", "down"], "arm", transition_key="T_fwd", copy=True)
+    np.testing.assert_allclose(other.obsm["lineages_fwd"], adata.obsm["lineages_fwd"], atol=1e-6)
+    assert other.uns["fate"]["params"]["transition_key"] == "T_fwd"
+    adata.obsp["T_fwd"].data[0] = -1
+    with pytest.raises(ValueError, match=r"T_fwd.*negative"):
+        sd.tl.fate_probabilities(adata, ["up", "down"], "arm", transition_key="T_fwd")
+
+
+def test_warnings_say_which_cells_cannot_reach_which_fate() -> None:
+    """Two graphs without an edge between them; the root is in the first, and pseudotime infinite in the second."""
+    one = two_arms()
+    adata = ad.concat([one, one, one[:10]], index_unique="-", pairwise=False)
+    blocks = [one.obsp["connectivities"]] * 2 + [one.obsp["connectivities"][:10, :10]]
+    adata.obsp["connectivities"] = adata.obsp["distances"] = sp.block_diag(blocks, format="csr")
+    adata.uns["neighbors"] = {"connectivities_key": "connectivities", "distances_key": "distances"}
+    n = one.n_obs
+    adata.obs.loc[adata.obs_names[n:], "dpt_pseudotime"] = np.inf
+    cells = {"up": adata.obs_names[n - 5 : n], "far": adata.obs_names[2 * n - 5 : 2 * n]}
+    with pytest.warns(UserWarning) as caught:
+        sd.tl.fate_probabilities(adata, cells)
+    texts = sorted(str(w.message) for w in caught)
+    assert texts[0].startswith(f"10 of {2 * n + 10} cells can reach no terminal state")
+    assert f"'up' ({n - 5} cells), 'far' ({n - 5} cells)" in texts[1]
+    assert {w.filename for w in caught} == {__file__}
+    found = adata.obsm["lineages_fwd"]
+    np.testing.assert_allclose(found[: 2 * n], np.repeat([[1, 0], [0, 1]], n, 0), atol=1e-12)
+    assert np.isnan(found[2 * n :]).all()
+    assert adata.uns["fate"]["n_unreaching"].tolist() == [n + 5, n + 5]
+
+
+def test_in_a_plan_derivatives_reach_the_direction() -> None:
+    adata = two_arms()
+    plan = sd.plan(adata)
+    sd.tl.fate_probabilities(plan, ["up", "down"], "arm")
+    adata.obs["up"] = np.where(adata.obs["arm"] == "stem", 0.3, adata.obs["arm"] == "up")
+    fitted = sd.fit(plan, sd.losses.correlation("priming_degree_fwd", "dpt_pseudotime"), n_steps=3, progress=False)
+    assert set(fitted.params) == {"fate_probabilities.b", "fate_probabilities.nu"}
+    assert fitted.losses["train_after"] < fitted.losses["train_before"]
+    fitted.apply()
+    assert "b" in adata.uns["fate"]["params"]
+    np.testing.assert_allclose(adata.obsm["lineages_fwd"].sum(1), 1, atol=1e-9)
+    with pytest.raises(ValueError, match="have to be given"):
+        sd.tl.fate_probabilities(sd.plan(adata), groupby="arm")
+
+
+@pytest.mark.usefixtures("x64")
+def test_derivative_through_the_hard_scheme() -> None:
+    adata = two_arms()
+    graph = ops.Graph.from_scipy(adata.obsp["connectivities"].astype(float))
+    labels = jnp.asarray(np.where(np.arange(160) > 150, np.arange(160) % 2, -1), jnp.int32)
+    time = jnp.asarray(adata.obs["dpt_pseudotime"].to_numpy())
+    op = ops.FateProbabilities(scheme="hard").init(graph, labels, time)
+    curve = jnp.sin(jnp.arange(160.0))
+
+    def f(values: jax.Array) -> jax.Array:
+        return (op(graph.with_values(values), labels, time).probabilities[:, 0] * curve).sum()
+
+    both = jax.jit(jax.value_and_grad(f), compiler_options=QUICK)
+    step = graph.values * jnp.sin(1.0 + jnp.arange(graph.values.size).reshape(graph.values.shape))
+    exact = float((both(graph.values)[1] * step).sum())
+    np.testing.assert_allclose(directional_fd(lambda v: both(v)[0], graph.values, step, (1e-4, 1e-5)), exact, rtol=1e-3)
+    assert abs(exact) > 1e-6
+
+
+@functools.cache
+def _prepared(name: str, path: str, key: str, root: str) -> ad.AnnData:
+    adata = ad.read_h5ad(path)
+    sd.pp.normalize_total(adata)
+    sd.pp.log1p(adata)
+    sd.pp.highly_variable_genes(adata, n_top_genes=2000)
+    sd.pp.pca(adata, n_comps=30)
+    sd.pp.neighbors(adata, n_neighbors=15)
+    inside = np.flatnonzero(adata.obs[key] == root)
+    scores = adata.obsm["X_pca"]
+    adata.uns["iroot"] = int(inside[((scores[inside] - scores[inside].mean(0)) ** 2).sum(1).argmin()])
+    sd.tl.pseudotime(adata)
+    return adata

@@ -253,7 +253,7 @@ def test_warnings_say_which_cells_cannot_reach_which_fate() -> None:
     n = one.n_obs
     adata.obs.loc[adata.obs_names[n:], "dpt_pseudotime"] = np.inf
     cells = {"up": adata.obs_names[n - 5 : n], "far": adata.obs_names[2 * n - 5 : 2 * n]}
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="reach") as caught:
         sd.tl.fate_probabilities(adata, cells)
     texts = sorted(str(w.message) for w in caught)
     assert texts[0].startswith(f"10 of {2 * n + 10} cells can reach no terminal state")

@@ -287,13 +287,13 @@ def _found(
 
 
 def _colors(data: AnnData, names: list[str], groupby: str | None) -> list[str]:
-    saved = None if groupby is None else data.uns.get(f"{groupby}_colors")
-    colors = [_COLORS[i % len(_COLORS)] for i in range(len(names))]
-    if groupby is None or saved is None or groupby not in data.obs:
-        return colors
-    groups = [str(name) for name in data.obs[groupby].astype("category").cat.categories]
-    known = dict(zip(groups, saved, strict=False))
-    return [str(known.get(name, color)) for name, color in zip(names, colors, strict=True)]
+    """The saved colours of the groups, or those that plots give to groups without any; else one colour after another."""
+    groups = [] if groupby is None else [str(name) for name in _groups(data, groupby).cat.categories]
+    saved = [] if groupby is None else list(data.uns.get(f"{groupby}_colors", []))
+    palette = saved if len(saved) >= len(groups) > 0 else [_COLORS[i % len(_COLORS)] for i in range(len(groups))]
+    known = dict(zip(groups, palette, strict=False))
+    plain = [name if name in known else name.rsplit("_", 1)[0] for name in names]
+    return [str(known.get(name, _COLORS[i % len(_COLORS)])) for i, name in enumerate(plain)]
 
 
 def _warn(result: ops.FateProbabilitiesResult, names: list[str], codes: np.ndarray) -> None:

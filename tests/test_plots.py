@@ -380,9 +380,9 @@ def test_correlated_fates_are_neighbours_in_the_circle() -> None:
 
 
 def test_fates_that_cannot_be_drawn_are_refused() -> None:
-    with pytest.raises(KeyError, match="run `sd.tl.fate_probabilities` first"):
+    with pytest.raises(KeyError, match=r"run `sd\.tl\.fate_probabilities` first"):
         sd.pl.fate_probabilities(ordered_cells())
-    with pytest.raises(ValueError, match="at least 3 states.*has 2"):
+    with pytest.raises(ValueError, match=r"at least 3 states.*has 2"):
         sd.pl.fate_probabilities(with_fates(2))
     adata = with_fates(3)
     with pytest.raises(KeyError, match=r"color='absent'.*'group'"):

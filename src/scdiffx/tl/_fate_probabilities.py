@@ -287,7 +287,7 @@ def _found(
 
 
 def _colors(data: AnnData, names: list[str], groupby: str | None) -> list[str]:
-    """The saved colours of the groups, or those that plots give to groups without any; else one colour after another."""
+    """The saved colours of the groups, or those that plots give to groups without any; without groups, the palette."""
     groups = [] if groupby is None else [str(name) for name in _groups(data, groupby).cat.categories]
     saved = [] if groupby is None else list(data.uns.get(f"{groupby}_colors", []))
     palette = saved if len(saved) >= len(groups) > 0 else [_COLORS[i % len(_COLORS)] for i in range(len(groups))]

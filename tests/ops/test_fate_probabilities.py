@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import warnings
+from pathlib import Path
 
 import anndata as ad
 import jax
@@ -299,9 +300,7 @@ def test_derivative_through_the_hard_scheme() -> None:
     assert abs(exact) > 1e-6
 
 
-@functools.cache
-def _prepared(name: str, path: str, key: str, root: str) -> ad.AnnData:
-    adata = ad.read_h5ad(path)
+def prepared(adata: ad.AnnData, key: str, root: str) -> ad.AnnData:
     sd.pp.normalize_total(adata)
     sd.pp.log1p(adata)
     sd.pp.highly_variable_genes(adata, n_top_genes=2000)
@@ -312,3 +311,45 @@ def _prepared(name: str, path: str, key: str, root: str) -> ad.AnnData:
     adata.uns["iroot"] = int(inside[((scores[inside] - scores[inside].mean(0)) ** 2).sum(1).argmin()])
     sd.tl.pseudotime(adata)
     return adata
+
+
+def accuracies(adata: ad.AnnData, key: str, fates: dict[str, list[str]]) -> list[float]:
+    """The share of right likeliest fates in each fate; its 30 latest cells, at most half of them, are terminal."""
+    time, states = adata.obs["dpt_pseudotime"].to_numpy(), {}
+    truth = np.full(adata.n_obs, -1)
+    for i, (name, clusters) in enumerate(fates.items()):
+        cells = np.flatnonzero(adata.obs[key].isin(clusters))
+        truth[cells] = i
+        states[name] = adata.obs_names[cells[np.argsort(-time[cells])[: min(30, len(cells) // 2)]]]
+    sd.tl.fate_probabilities(adata, states)
+    right = adata.obsm["lineages_fwd"].argmax(1) == truth
+    scored = adata.obs["term_states_fwd"].isna().to_numpy()
+    return [float(right[scored & (truth == i)].mean()) for i in range(len(fates))]
+
+
+@pytest.mark.slow
+def test_known_fates_of_blood_progenitors(paul15: ad.AnnData) -> None:
+    """On the way the solver has to get through a chain that keeps walks for 10^8 steps: CellRank's raises there."""
+    adata = prepared(paul15, "paul15_clusters", "7MEP")
+    fates = {"erythroid": [f"{i}Ery" for i in range(1, 7)], "myeloid": ["14Mo", "15Mo", "16Neu", "17Neu"]}
+    erythroid, myeloid = accuracies(adata, "paul15_clusters", fates)
+    assert erythroid > 0.99
+    assert myeloid > 0.97
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.tl.fate_probabilities(adata, ["1Ery", "16Neu", "15Mo"], "paul15_clusters")
+    weights, time = adata.obsp["connectivities"].astype(float), adata.obs["dpt_pseudotime"].to_numpy()
+    terminal = adata.obs["term_states_fwd"].cat.codes.to_numpy().astype(int)
+    exact = solved_directly(soft_by_hand(weights.tocsr(), time.astype(float), 10, 0.5), terminal)
+    np.testing.assert_allclose(adata.obsm["lineages_fwd"], exact, atol=1e-6)
+    sd.tl.fate_probabilities(adata, groupby="paul15_clusters")
+    assert set(adata.uns["fate"]["names"]) == {"1Ery", "16Neu", "13Baso", "11DC"}
+
+
+@pytest.mark.slow
+def test_known_fates_of_endocrine_cells(data_dir: Path) -> None:
+    adata = prepared(ad.read_h5ad(data_dir / "pancreas_velocity" / "pancreas_velocity.h5ad"), "clusters", "Ductal")
+    found = accuracies(adata, "clusters", {name: [name] for name in ("Alpha", "Beta", "Delta", "Epsilon")})
+    assert (np.array(found) > [0.95, 0.7, 0.95, 0.95]).all()
+    sd.tl.fate_probabilities(adata, groupby="clusters")
+    assert set(adata.uns["fate"]["names"]) == {"Alpha", "Beta", "Delta"}

@@ -244,13 +244,12 @@ def _given(
         if groupby is None:
             raise ValueError("terminal_states names groups: pass `groupby=`, the column of `obs` that holds them")
         wanted = [terminal_states] if isinstance(terminal_states, str) else [str(name) for name in terminal_states]
-        labels = _groups(data, groupby).astype(str).to_numpy()
-        absent = [name for name in wanted if name not in labels]
+        groups = _groups(data, groupby).cat
+        there = [str(name) for name in groups.categories]
+        absent = [name for name in wanted if name not in there]
         if absent:
-            raise KeyError(
-                f"{absent} have no cells in `adata.obs[{groupby!r}]`. Available: {available(np.unique(labels))}"
-            )
-        members = {name: np.flatnonzero(labels == name) for name in wanted}
+            raise KeyError(f"{absent} are not groups of `adata.obs[{groupby!r}]`. Available: {available(there)}")
+        members = {name: np.flatnonzero(groups.codes.to_numpy() == there.index(name)) for name in wanted}
     for i, (name, cells) in enumerate(members.items()):
         if not len(cells):
             raise ValueError(f"terminal_states: {name!r} has no cells")

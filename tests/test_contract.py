@@ -79,7 +79,7 @@ def of_matrix(x: ops.Counts) -> jax.Array:
 
 def two_fates(d: Data) -> jax.Array:
     """The cells at both ends of the second coordinate."""
-    low, high = jnp.quantile(d.coordinates[:, 1], jnp.asarray([0.1, 0.9]))
+    low, high = jnp.quantile(d.coordinates[:, 1], jnp.asarray([0.25, 0.75]))
     return jnp.where(d.coordinates[:, 1] < low, 0, jnp.where(d.coordinates[:, 1] > high, 1, -1)).astype(jnp.int32)
 
 

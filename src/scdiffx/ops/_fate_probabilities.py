@@ -63,7 +63,10 @@ class FateProbabilities:
         pseudotime: Float[Array, " cells"] | None = None,
         key: Array | None = None,
     ) -> FateProbabilities:
-        op = self if self.scheme == "soft" else replace(self, b=None, nu=None)
+        op = replace(self, b=None, nu=None)
+        if self.scheme == "soft":
+            # Arrays of the graph's type: a fit that moves them compiles nothing anew.
+            op = replace(self, b=jnp.asarray(self.b, graph.dtype), nu=jnp.asarray(self.nu, graph.dtype))
         if self.scheme == "hard":
             op = replace(op, close=jnp.asarray(_closest(graph, self.frac_to_keep)))
         return replace(op, n_fates=int(np.asarray(terminal).max()) + 1)

@@ -117,6 +117,19 @@ def distribution_keys(key: str) -> dict[str, str]:
     }
 
 
+FATES = {
+    "obsm/lineages_fwd": "float64",
+    "obs/term_states_fwd": "category",
+    "obs/priming_degree_fwd": "float64",
+    "uns/term_states_fwd_colors": "object",
+    "uns/fate": "mapping",
+    "uns/fate/params": "mapping",
+    "uns/fate/names": "object",
+    "uns/fate/colors": "object",
+    "uns/fate/n_unreaching": "int64",
+}
+
+
 def magic_keys(key: str, layer: bool = True) -> dict[str, str]:
     return {
         **({f"layers/{key}": "float32"} if layer else {}),
@@ -427,6 +440,13 @@ CASES = [
         {"root": 3},
     ),
     Case("dpt", "tl.dpt", "rooted", DIFFMAP | {"obs/dpt_pseudotime": "float32"}),
+    Case(
+        "fate_probabilities",
+        "tl.fate_probabilities",
+        "graph",
+        FATES,
+        {"terminal_states": ["CD19+ B", "CD14+ Monocyte"], "groupby": "cell_type", "time_key": "quality"},
+    ),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
 ]
 FUNCTIONS = sorted({case.function for case in CASES})
@@ -892,6 +912,23 @@ REFUSED = [
     ("pseudotime", {"root": -1}, ValueError, "root=-1"),
     ("pseudotime", {"root": "nobody"}, ValueError, "root='nobody'"),
     ("pseudotime", {"n_dcs": 0}, ValueError, "n_dcs=0"),
+    ("fate_probabilities", {"terminal_states": ["absent"]}, KeyError, r"'absent'.*'cell_type'.*Available.*CD19"),
+    ("fate_probabilities", {"terminal_states": []}, ValueError, "there must be a state"),
+    ("fate_probabilities", {"terminal_states": {"end": []}}, ValueError, "'end' has no cells"),
+    ("fate_probabilities", {"terminal_states": {"end": ["nobody"]}}, KeyError, r"'end'.*'nobody'"),
+    ("fate_probabilities", {"groupby": None}, ValueError, "pass `groupby=`"),
+    ("fate_probabilities", {"groupby": "absent"}, KeyError, r"groupby='absent'.*'batch'"),
+    ("fate_probabilities", {"groupby": "batch", "terminal_states": ["first", "second"]}, ValueError, "outside of all"),
+    ("fate_probabilities", {"time_key": "absent"}, KeyError, r"time_key='absent'.*'quality'"),
+    ("fate_probabilities", {"time_key": "batch"}, TypeError, "time_key='batch'.*not numbers"),
+    ("fate_probabilities", {"time_key": "partial"}, ValueError, "NaN for 1 cells"),
+    ("fate_probabilities", {"threshold_scheme": "best"}, ValueError, r"threshold_scheme='best'.*'hard'"),
+    ("fate_probabilities", {"frac_to_keep": 2}, ValueError, "frac_to_keep=2"),
+    ("fate_probabilities", {"b": 0}, ValueError, "b=0"),
+    ("fate_probabilities", {"nu": -1}, ValueError, "nu=-1"),
+    ("fate_probabilities", {"priming": "best"}, ValueError, r"priming='best'.*'entropy'"),
+    ("fate_probabilities", {"transition_key": "connectivities"}, ValueError, r"\['time_key'\] have no meaning"),
+    ("fate_probabilities", {"terminal_states": None, "threshold_scheme": None}, ValueError, "gather nowhere"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
 ]
 

@@ -77,6 +77,12 @@ def of_matrix(x: ops.Counts) -> jax.Array:
     return matmul(x, jnp.stack([columns % 2, columns % 3], 1).astype(x.dtype))
 
 
+def two_fates(d: Data) -> jax.Array:
+    """The cells at both ends of the second coordinate."""
+    low, high = jnp.quantile(d.coordinates[:, 1], jnp.asarray([0.25, 0.75]))
+    return jnp.where(d.coordinates[:, 1] < low, 0, jnp.where(d.coordinates[:, 1] > high, 1, -1)).astype(jnp.int32)
+
+
 def of_neighbors(result: ops.NeighborsResult) -> Any:
     graph = result.connectivities
     return result.distances, graph.row_sums(), graph.with_values(graph.values**2).row_sums()
@@ -299,6 +305,14 @@ CASES = [
         lambda d: (d.graph, d.root),
         lambda r: (r.pseudotime, r.distance),
         budget=200,
+    ),
+    Case(
+        "fate_probabilities",
+        lambda: ops.FateProbabilities(),
+        lambda d: (d.graph, two_fates(d), d.coordinates[:, 0] / 20),
+        lambda r: (r.probabilities, r.priming, r.absorbed),
+        budget=300,
+        learns=("b", "nu"),
     ),
     Case(
         "leiden",

@@ -402,3 +402,68 @@ def test_ot_flow_says_what_is_missing() -> None:
     adata.obs["type"] = adata.obs["type"].cat.remove_categories("late")
     with pytest.raises(ValueError, match="missing for 66 cells"):
         sd.pl.ot_flow(adata, "type", show=False)
+
+
+def with_fates(n_states: int, n_obs: int = 300) -> ad.AnnData:
+    """Cells with random fates; the states are named after the groups of :func:`ordered_cells`."""
+    adata = ordered_cells(n_states, n_obs)
+    fates = np.random.default_rng(0).dirichlet(np.full(n_states, 0.3), n_obs)
+    names = adata.obs["group"].cat.categories
+    adata.obsm["lineages_fwd"] = fates
+    adata.obs["term_states_fwd"] = pd.Categorical([None] * n_obs, categories=names)
+    adata.obs["priming_degree_fwd"] = fates.max(1)
+    adata.uns["term_states_fwd_colors"] = [f"#{40 * i + 15:02x}0080" for i in range(n_states)]
+    return adata
+
+
+def test_fates_stand_at_the_weighted_mean_of_the_corners() -> None:
+    adata = with_fates(3)
+    fates = adata.obsm["lineages_fwd"]
+    fates[:20] = np.nan
+    corners = np.array([[1, 0], [-0.5, np.sqrt(0.75)], [-0.5, -np.sqrt(0.75)]])
+    ax = sd.pl.fate_probabilities(adata, normalize=False, show=False)
+    cells = ax.collections[-1]
+    np.testing.assert_allclose(cells.get_offsets(), fates[20:] @ corners, atol=1e-12)
+    np.testing.assert_allclose(cells.get_array(), adata.obs["priming_degree_fwd"].iloc[20:])
+    labels = {text.get_text(): text for text in ax.texts}
+    assert "20 cells without a fate are not shown" in labels
+    for name, color, corner in zip(
+        adata.obs["term_states_fwd"].cat.categories, adata.uns["term_states_fwd_colors"], corners, strict=True
+    ):
+        assert labels[name].get_color() == color
+        np.testing.assert_allclose(labels[name].get_position(), 1.1 * corner, atol=1e-12)
+    scaled = fates[20:] / fates[20:].mean(0)
+    scaled /= scaled.sum(1, keepdims=True)
+    ax = sd.pl.fate_probabilities(adata, show=False)
+    np.testing.assert_allclose(ax.collections[-1].get_offsets(), scaled @ corners, atol=1e-12)
+    assert inside(ax)
+
+
+def test_correlated_fates_are_neighbours_in_the_circle() -> None:
+    adata = with_fates(5)
+    rng = np.random.default_rng(1)
+    place = rng.uniform(0, 2 * np.pi, adata.n_obs)
+    # Around a circle in the order 0, 2, 4, 1, 3.
+    centres = 2 * np.pi * np.argsort([0, 2, 4, 1, 3]) / 5
+    fates = np.exp(2 * np.cos(place[:, None] - centres))
+    adata.obsm["lineages_fwd"] = fates / fates.sum(1, keepdims=True)
+    ax = sd.pl.fate_probabilities(adata, color="group", show=False)
+    angle = {t.get_text(): np.arctan2(*t.get_position()[::-1]) % (2 * np.pi) for t in ax.texts}
+    names = adata.obs["term_states_fwd"].cat.categories
+    around = sorted(range(5), key=lambda i: angle[names[i]])
+    assert around in ([0, 2, 4, 1, 3], [0, 3, 1, 4, 2])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(adata.obs["group"].cat.categories)
+    assert pixels(ax.figure)[..., :3].std() > 10
+
+
+def test_fates_that_cannot_be_drawn_are_refused() -> None:
+    with pytest.raises(KeyError, match=r"run `sd\.tl\.fate_probabilities` first"):
+        sd.pl.fate_probabilities(ordered_cells())
+    with pytest.raises(ValueError, match=r"at least 3 states.*has 2"):
+        sd.pl.fate_probabilities(with_fates(2))
+    adata = with_fates(3)
+    with pytest.raises(KeyError, match=r"color='absent'.*'group'"):
+        sd.pl.fate_probabilities(adata, color="absent")
+    adata.obsm["lineages_fwd"][:] = np.nan
+    with pytest.raises(ValueError, match="no cell has a fate"):
+        sd.pl.fate_probabilities(adata)

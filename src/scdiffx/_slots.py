@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ __all__ = [
     "Distances",
     "Genes",
     "Given",
+    "Labels",
     "Leading",
     "Obs",
     "Obsm",
+    "Obsp",
     "Part",
     "Single",
     "Slot",
@@ -323,6 +325,23 @@ class Distances(_Pairs):
 
 
 @dataclass(frozen=True)
+class Obsp(_Ordered):
+    """A sparse matrix of `obsp` whose entries are probabilities or weights: none may be negative; read-only."""
+
+    key: str
+
+    def exists(self, adata: Any) -> bool:
+        return self.key in adata.obsp
+
+    def read(self, adata: Any) -> Any:
+        matrix = _lookup(adata.obsp, self.key, "obsp")
+        matrix = matrix if sp.issparse(matrix) else sp.csr_matrix(np.asarray(matrix))
+        if matrix.nnz and not (np.isfinite(matrix.data.sum(dtype=np.float64)) and matrix.data.min() >= 0):
+            raise ValueError(f"`adata.obsp[{self.key!r}]` holds values that are negative or not finite")
+        return Graph.from_scipy(matrix, _as_float(matrix.data[:0]).dtype)
+
+
+@dataclass(frozen=True)
 class Uns(_Ordered):
     """An entry of `uns`: bookkeeping on the host, an array, or the arrays of a dictionary named by `parts`."""
 
@@ -354,6 +373,18 @@ class Given(_Ordered):
 
     def read(self, adata: Any) -> Any:
         return jnp.asarray(self.value, jnp.int32 if isinstance(self.value, int) else jnp.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels(Given):
+    """A number for each cell, passed by the caller; read-only."""
+
+    value: Any = field(repr=False)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def read(self, adata: Any) -> Any:
+        return jnp.asarray(self.value, jnp.int32)
 
 
 class Part(_Ordered):
@@ -436,7 +467,7 @@ def genes_at(adata: Any, names: list[str]) -> tuple[int, ...]:
     return tuple(int(at) for at in index)
 
 
-Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Uns | Part | Given
+Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Uns | Part | Given
 
 
 def write_all(adata: Any, values: Mapping[Any, Any]) -> None:

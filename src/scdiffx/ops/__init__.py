@@ -9,6 +9,7 @@ from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
+from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
@@ -19,6 +20,7 @@ from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
+from scdiffx.ops._terminal_states import terminal_states
 from scdiffx.ops._vae import VAE, Training, VAEResult
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "DiffusionMapResult",
     "DoubletClassifier",
     "DoubletClassifierResult",
+    "FateProbabilities",
+    "FateProbabilitiesResult",
     "Graph",
     "HighlyVariable",
     "HighlyVariableResult",
@@ -73,5 +77,6 @@ __all__ = [
     "operator",
     "replace",
     "static",
+    "terminal_states",
     "transitions",
 ]

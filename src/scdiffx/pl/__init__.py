@@ -2,8 +2,9 @@
 
 from scdiffx.pl._ambient import ambient
 from scdiffx.pl._doublets import doublets
+from scdiffx.pl._fate_probabilities import fate_probabilities
 from scdiffx.pl._fit import fit
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
 
-__all__ = ["ambient", "doublets", "fit", "ot_flow", "pseudotime"]
+__all__ = ["ambient", "doublets", "fate_probabilities", "fit", "ot_flow", "pseudotime"]

@@ -2,6 +2,7 @@
 
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
+from scdiffx.tl._fate_probabilities import fate_probabilities
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._ot_trajectory import ot_trajectory
 from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
@@ -12,6 +13,7 @@ __all__ = [
     "differential_distribution",
     "diffmap",
     "dpt",
+    "fate_probabilities",
     "leiden",
     "ot_interpolate",
     "ot_pull",

@@ -117,6 +117,12 @@ def distribution_keys(key: str) -> dict[str, str]:
     }
 
 
+def switch_keys(key: str) -> dict[str, str]:
+    columns = {"time": "float32", "strength": "float32", "pval": "float64", "qval": "float64"}
+    uns = {f"uns/{key}": "mapping", f"uns/{key}/params": "mapping", f"uns/{key}/unconverged": "int"}
+    return {f"var/{key}_{name}": dtype for name, dtype in columns.items()} | uns
+
+
 def magic_keys(key: str, layer: bool = True) -> dict[str, str]:
     return {
         **({f"layers/{key}": "float32"} if layer else {}),
@@ -383,6 +389,16 @@ CASES = [
         {"groupby": "batch"},
         keyed=distribution_keys("mine"),
         matrix=True,
+    ),
+    Case(
+        "switch_de",
+        "tl.switch_de",
+        "log",
+        switch_keys("switch"),
+        {"pseudotime": "quality", "n_permutations": 3},
+        keyed=switch_keys("mine"),
+        matrix=True,
+        counts=True,
     ),
     Case("diffmap", "tl.diffmap", "graph", DIFFMAP, {"n_comps": 6}),
     Case(
@@ -824,6 +840,9 @@ REFUSED = [
     ("remove_ambient", {"empty_profile": np.zeros(GENES)}, ValueError, "sum above 0"),
     ("remove_ambient", {"empty_profile": np.full(GENES, np.nan)}, ValueError, "numbers of at least 0"),
     ("remove_ambient", {"empty_profile": "soup"}, TypeError, "is a str"),
+    ("switch_de", {"pseudotime": "absent"}, KeyError, r"pseudotime='absent'.*'quality'"),
+    ("switch_de", {"pseudotime": "cell_type"}, TypeError, "pseudotime='cell_type'"),
+    ("switch_de", {"n_permutations": -1}, ValueError, "n_permutations=-1"),
     ("diffmap", {"n_comps": 2}, ValueError, "n_comps=2"),
     ("pseudotime", {"root": None}, ValueError, "iroot"),
     ("pseudotime", {"root": CELLS}, ValueError, f"root={CELLS}"),

@@ -18,6 +18,7 @@ from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
+from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._vae import VAE, Training, VAEResult
 
 __all__ = [
@@ -62,6 +63,8 @@ __all__ = [
     "SimulateResult",
     "Solo",
     "SoloResult",
+    "SwitchDE",
+    "SwitchDEResult",
     "Training",
     "VAEResult",
     "buffer",

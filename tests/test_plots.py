@@ -373,3 +373,36 @@ def test_switch_genes_are_ordered_by_direction_and_time() -> None:
 def test_switch_genes_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         sd.pl.switch_genes(switching(), show=False, **settings)
+
+
+def attributed() -> ad.AnnData:
+    adata = ad.AnnData(np.zeros((4, 5), np.float32))
+    columns = {"a_value": [0.1, -0.9, 0.5, 0.0, 0.2], "b|c_value": [-0.3, 0.1, 0.2, 0.8, 0.0]}
+    adata.varm["attribution_time"] = pd.DataFrame(columns, index=adata.var_names)
+    adata.uns["attribution_time"] = {"params": {"method": "sensitivity"}, "groups": np.array(["a", "b/c"], object)}
+    return adata
+
+
+def test_attribution_draws_the_largest_of_each_group() -> None:
+    ax = sd.pl.attribution(attributed(), "time", n_genes=2, show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["2", "1", "3", "0"]
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [0.5, -0.9, 0.8, -0.3])
+    assert [t.get_text() for t in ax.texts] == ["a", "b/c"]
+    assert ax.get_xlabel() == "sensitivity with time"
+    assert inside(ax)
+    ax = sd.pl.attribution(attributed(), "time", n_genes=2, groups=["b/c"], sign="negative", show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["4", "0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"n_genes": 0}, ValueError, "n_genes=0"),
+        ({"sign": "up"}, ValueError, r"sign='up'.*'positive'"),
+        ({"groups": ["d"]}, KeyError, r"groups='d'.*'b/c'"),
+        ({"target": "absent"}, KeyError, r"run `sd\.tl\.attribution` first"),
+    ],
+)
+def test_attribution_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        sd.pl.attribution(attributed(), **({"target": "time"} | settings), show=False)

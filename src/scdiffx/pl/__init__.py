@@ -1,9 +1,10 @@
 """Plots of what scanpy does not draw: Matplotlib on the keys of an AnnData."""
 
 from scdiffx.pl._ambient import ambient
+from scdiffx.pl._attribution import attribution
 from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fit import fit
 from scdiffx.pl._pseudotime import pseudotime
 from scdiffx.pl._switch_genes import switch_genes
 
-__all__ = ["ambient", "doublets", "fit", "pseudotime", "switch_genes"]
+__all__ = ["ambient", "attribution", "doublets", "fit", "pseudotime", "switch_genes"]

@@ -1,5 +1,6 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._leiden import leiden
@@ -7,4 +8,13 @@ from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._switch_de import switch_de
 
-__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime", "simulate", "switch_de"]
+__all__ = [
+    "attribution",
+    "differential_distribution",
+    "diffmap",
+    "dpt",
+    "leiden",
+    "pseudotime",
+    "simulate",
+    "switch_de",
+]

@@ -7,6 +7,7 @@ from scdiffx.tl._leiden import leiden
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._switch_de import switch_de
+from scdiffx.tl._uncertainty import uncertainty
 
 __all__ = [
     "attribution",
@@ -17,4 +18,5 @@ __all__ = [
     "pseudotime",
     "simulate",
     "switch_de",
+    "uncertainty",
 ]

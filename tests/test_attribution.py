@@ -89,13 +89,10 @@ def test_the_gradient_of_a_component_is_its_loading() -> None:
     np.testing.assert_allclose(table["all_correlation"], adata.varm["attribution_X_pca_2"]["all_value"], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "form"),
-    [
-        ("X_magic", "sparse"),
-        pytest.param("X_magic", "dense", marks=pytest.mark.slow),
-        pytest.param("dpt_pseudotime", "sparse", marks=pytest.mark.slow),
-    ],
+    [("X_magic", "sparse"), ("X_magic", "dense"), ("dpt_pseudotime", "sparse")],
 )
 def test_gradients_equal_finite_differences_of_the_plan(output: str, form: str) -> None:
     adata = logs(90, 40)

@@ -108,6 +108,7 @@ def test_shuffled_orders_give_uniform_p_values(villus: ad.AnnData) -> None:
     assert stats.kstest(chi, "uniform").statistic > 0.1
 
 
+@pytest.mark.slow
 def test_genes_of_few_cells_are_not_found_by_chance() -> None:
     rng = np.random.default_rng(0)
     x = np.zeros((400, 256), np.float32)
@@ -122,6 +123,21 @@ def test_genes_of_few_cells_are_not_found_by_chance() -> None:
     # Switches at either end pick single cells: two degrees of freedom would find five times too many.
     assert small[0] > 0.015
     assert small[20] < 0.01
+
+
+@pytest.mark.slow
+def test_single_precision_keeps_the_statistics_and_is_finite(villus: ad.AnnData) -> None:
+    x, t = villus.X.toarray(), villus.obs["zone"].to_numpy(np.float32)
+    single = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=QUICK)(jnp.asarray(x), t)
+    with jax.enable_x64(True):
+        double = jax.jit(total, compiler_options=QUICK)(jnp.asarray(x, jnp.float64), t.astype(np.float64))
+    np.testing.assert_allclose(single[0][1].statistic, double[1].statistic, atol=0.1, rtol=1e-4)
+    assert all(bool(jnp.isfinite(part).all()) for part in (*single[0][1], single[1]))
+
+
+def total(x: jax.Array, t: jax.Array) -> tuple[jax.Array, ops.SwitchDEResult]:
+    result = ops.SwitchDE()(x, t)
+    return result.time.sum() + result.level.sum(), result
 
 
 def planted(n: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -162,7 +162,7 @@ def _start(x: Array, n: Array, starts: tuple[Array, Array]) -> Array:
 
 
 class _Local(NamedTuple):
-    """Half the sum of squares at z (2, genes), its gradient, its Hessian (00, 01, 11), and the scale of each z (2)."""
+    """Half the sum of squares at z (2, genes), its gradient, Hessian (00, 01, 11) and the size of its diagonal (2)."""
 
     value: Array
     slope: Array
@@ -207,32 +207,30 @@ def _free(z: Array, slope: Array, side: Array) -> Array:
     return ~(((side * z <= 0) & (inward >= 0)) | ((side * z >= _LARGEST) & (inward <= 0)))
 
 
-def _solve(bend: Array, slope: Array, free: Array) -> Array:
-    """The Newton step of the free z for a Hessian that is positive definite on them."""
-    a, c = (jnp.where(f, h, 1) for f, h in zip(free, (bend[0], bend[2]), strict=True))
-    b = jnp.where(free[0] & free[1], bend[1], 0)
-    g = jnp.where(free, slope, 0)
-    return -jnp.stack([c * g[0] - b * g[1], a * g[1] - b * g[0]]) / (a * c - b * b)
+def _scaled(here: _Local, free: Array) -> tuple[Array, Array, Array, Array]:
+    """The Hessian of the free z (00, 01, 11) in units in which steps are of order 1, and these units (2, genes)."""
+    # Without the units products of small curvatures would vanish in float32.
+    unit = 1 / jnp.sqrt(jnp.maximum(here.scale, jnp.finfo(here.scale.dtype).tiny ** 0.5))
+    a, c = (jnp.where(f, h * u * u, 1) for f, h, u in zip(free, here.bend[::2], unit, strict=True))
+    return a, jnp.where(free.all(0), here.bend[1] * unit[0] * unit[1], 0), c, unit
 
 
-def _smallest(bend: Array, scale: Array, free: Array) -> Array:
+def _smallest(here: _Local, free: Array) -> Array:
     """The smallest eigenvalue of the scaled Hessian of the free z."""
-    a, c = (jnp.where(f, h / s, 1) for f, h, s in zip(free, (bend[0], bend[2]), scale, strict=True))
-    b = jnp.where(free[0] & free[1], bend[1] / jnp.sqrt(scale[0] * scale[1]), 0)
+    a, b, c, _ = _scaled(here, free)
     return (a + c) / 2 - jnp.sqrt(((a - c) / 2) ** 2 + b**2)
 
 
-def _newton(here: _Local, scale: Array, free: Array, damping: Any) -> Array:
-    """The step with the Hessian shifted along `scale` until it is positive definite, and damped."""
-    shift = jnp.maximum(_DEFINITE - _smallest(here.bend, scale, free), 0) + damping
-    bend = jnp.stack([here.bend[0] + shift * scale[0], here.bend[1], here.bend[2] + shift * scale[1]])
-    return _solve(bend, here.slope, free)
+def _newton(here: _Local, slope: Array, free: Array, shift: Any) -> Array:
+    """The Newton step of the free z with the scaled Hessian shifted, which has to make it positive definite."""
+    a, b, c, unit = _scaled(here, free)
+    a, c, g = a + shift, c + shift, jnp.where(free, slope * unit, 0)
+    return -unit * jnp.stack([c * g[0] - b * g[1], a * g[1] - b * g[0]]) / (a * c - b * b)
 
 
 def _search(x: Array, ends: Array, z: Array) -> tuple[Array, _Local, Array, Array]:
     """The minimum near `z` by damped Newton steps within the bounds, what is free there, and which genes arrived."""
     enough = max(_ENOUGH, float(jnp.finfo(x.dtype).eps))
-    tiny = jnp.finfo(x.dtype).tiny ** 0.5
     # A rising sigmoid has z from below 0 to above 0, a falling one the other way.
     side = jnp.where(z[1] >= z[0], 1, -1) * jnp.asarray([[-1], [1]], x.dtype)
 
@@ -244,10 +242,12 @@ def _search(x: Array, ends: Array, z: Array) -> tuple[Array, _Local, Array, Arra
         z = jnp.where(better, state.proposed, state.z)
         lower = jnp.where(state.damping > 1e-3, state.damping / 8, 0)
         damping = jnp.where(better, lower, jnp.maximum(state.damping, 1e-2) * 4)
-        free, scale = _free(z, here.slope, side), jnp.maximum(here.scale, tiny)
-        done = -(_newton(here, scale, free, 0) * here.slope).sum(0) <= enough * here.value
-        trusted = done & (damping == 0) & (_smallest(here.bend, scale, free) > _DEFINITE)
-        proposed = side * jnp.clip(side * (z + _newton(here, scale, free, damping)), 0, _LARGEST)
+        free = _free(z, here.slope, side)
+        smallest = _smallest(here, free)
+        shift = jnp.maximum(_DEFINITE - smallest, 0)
+        done = -(_newton(here, here.slope, free, shift) * here.slope).sum(0) <= enough * here.value
+        trusted = done & (damping == 0) & (smallest > _DEFINITE)
+        proposed = side * jnp.clip(side * (z + _newton(here, here.slope, free, shift + damping)), 0, _LARGEST)
         left = jnp.where(done.all(), state.left - 1, _LAST_STEPS)
         return _State(state.i + 1, left, z, here, proposed, damping, done, trusted)
 
@@ -281,10 +281,9 @@ def _fit_block(x: Array, ends: Array, there: Array, starts: tuple[Array, Array])
     fixed_x, fixed_ends = jax.lax.stop_gradient((x, ends))
     varies = jax.lax.stop_gradient(constant) > n * (100 * jnp.finfo(x.dtype).eps * jnp.abs(mean)) ** 2
     z, here, free, done = _search(fixed_x, fixed_ends, _start(fixed_x, n, starts))
-    a, b, c = here.bend
-    free = free & ((a > 0) & (c > 0) & (a * c > b * b) | ~free.all(0)) & varies
+    free = free & (_smallest(here, free) > jnp.finfo(x.dtype).eps) & varies
     # The derivative of one more Newton step in the data is that of the minimum.
-    step = _solve(here.bend, _slope(z, x, ends), free)
+    step = _newton(here, _slope(z, x, ends), free, 0)
     z = z + (step - jax.lax.stop_gradient(step))
     s = _curve(z, ends)
     level = _level(s, x)

@@ -97,12 +97,12 @@ def attribution(
     Notes
     -----
     A *gradient* is the mean over the cells of a group, of those where the gene was found, of the derivative of a cell's
-    target in its own expression of the gene; neighbours, components and whatever else a plan finds once are held, and
-    so are the steps up to the last that writes the expression. Gradients are not
-    drivers: they pass through principal components, which spread the credit over collinear genes, and where two drivers
-    were planted their average precision was .20, that of the correlation .90. *Sensitivity* turns the gradient w into
-    the pattern cov(x, x w) / sd(x) (Haufe et al.), the change of the linearised target per standard deviation of the
-    gene: average precision .62. Take the correlation to rank drivers, and sensitivity to see what a result rests on.
+    target in its own expression of the gene, estimated from random probes (exact where cells do not depend on each
+    other). Neighbours, components and whatever else a plan finds once are held, and so are the steps up to the last
+    that writes the expression. Gradients are not drivers: they pass through principal components, which spread the
+    credit over collinear genes, and are 0 for genes that were not selected. *Sensitivity* turns the gradient w into the
+    pattern cov(x, x w) / sd(x) (Haufe et al.), the change of the linearised target per standard deviation of the gene.
+    Take the correlation to rank drivers, and sensitivity to see what a result rests on.
 
     The q-values take the target as given, and cells as independent. Where the target was computed from the same counts
     they are too small: they rank, and are no error rate.

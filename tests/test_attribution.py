@@ -173,7 +173,8 @@ def test_bad_settings_name_themselves(settings: dict, error: type[Exception], me
 
 def test_a_target_that_rests_on_no_expression_is_refused() -> None:
     adata = logs()
-    plan = smoothed(adata)
+    plan = sd.plan(adata)
+    sd.pp.pca(plan, n_comps=6)
     adata.obs["day"] = np.arange(150.0)
     with pytest.raises(ValueError, match="does not depend on"):
         sd.tl.attribution(plan, "day", method="gradient")

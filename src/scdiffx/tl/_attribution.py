@@ -67,7 +67,7 @@ def attribution(
     layer
         Expression: this layer rather than `X`; in a plan as its last step leaves it.
     key_added
-        Key of `varm` and `uns`; by default "attribution_" and the target, with the column if there is one.
+        Key of `varm` and `uns`; by default "attribution", target and column (if any), joined by underscores.
     random_state, rng
         Seed of the probes; give one of the two. Default 0.
     copy

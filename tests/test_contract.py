@@ -216,6 +216,14 @@ CASES = [
         learns=("temperature",),
     ),
     Case(
+        "switch_de",
+        lambda: ops.SwitchDE(n_permutations=0),
+        lambda d: (d.log, d.coordinates[:, 0]),
+        # Time and strength of genes that hardly change are ill-conditioned: test_switch has those of clear switches.
+        lambda r: r.statistic,
+        budget=1_500,
+    ),
+    Case(
         "scrublet",
         lambda: ops.Scrublet(n_comps=8, temperature=0.1),
         lambda d: (d.counts,),

@@ -29,7 +29,7 @@ ALLOWED = {
     "_program": {"_core", "ops", "_slots", "_steps"},
     "_fit": {"_core", "ops", "losses", "_slots", "_steps", "_program"},
     "pp": {"_core", "ops", "_slots", "_steps"},
-    "tl": {"_core", "ops", "_slots", "_steps"},
+    "tl": {"_core", "ops", "_slots", "_steps", "_program"},
     "pl": set(),
 }
 EVERYWHERE = {"_log"}

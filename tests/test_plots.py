@@ -467,3 +467,84 @@ def test_fates_that_cannot_be_drawn_are_refused() -> None:
     adata.obsm["lineages_fwd"][:] = np.nan
     with pytest.raises(ValueError, match="no cell has a fate"):
         sd.pl.fate_probabilities(adata)
+
+
+def switching() -> ad.AnnData:
+    """Three genes that switch on, in reverse order of their times, two that switch off, and one that does neither."""
+    rng = np.random.default_rng(0)
+    time = np.linspace(0, 1, 500)
+    rates, at = np.array([20, 20, 20, -20, -20]), np.array([0.8, 0.5, 0.2, 0.7, 0.3])
+    curves = 1 / (1 + np.exp(-rates * (time[:, None] - at)))
+    adata = ad.AnnData(np.column_stack([curves, np.full(500, 0.5)]) + rng.uniform(0, 0.05, (500, 6)))
+    adata.obs["order"] = time
+    sd.tl.switch_de(adata, "order", n_permutations=0)
+    return adata
+
+
+def test_switch_genes_are_ordered_by_direction_and_time() -> None:
+    adata = switching()
+    ax = sd.pl.switch_genes(adata, n_bins=25, show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["2", "1", "0", "4", "3"]
+    mesh, marks = ax.collections[0], ax.collections[-1]
+    means = mesh.get_array()
+    assert means.shape == (5, 25)
+    assert (means.min(1) == 0).all()
+    assert (means.max(1) == 1).all()
+    assert means[0, 0] < 0.1 < 0.9 < means[0, -1]
+    assert means[4, -1] < 0.1 < 0.9 < means[4, 0]
+    np.testing.assert_allclose(marks.get_offsets()[:, 0], [0.2, 0.5, 0.8, 0.3, 0.7], atol=0.02)
+    assert ax.get_xlabel() == "order"
+    assert inside(ax)
+    adata.obs["order"] = np.repeat([0.0, 1.0, 2.0, 3.0, np.inf], 100)
+    ax = sd.pl.switch_genes(adata, ["5", "3"], show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] in (["5", "3"], ["3", "5"])
+    assert ax.collections[0].get_array().shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"n_genes": 0}, ValueError, "n_genes=0"),
+        ({"n_bins": 1}, ValueError, "n_bins=1"),
+        ({"max_qval": -1}, ValueError, "max_qval=-1"),
+        ({"genes": ["absent"]}, KeyError, "absent"),
+        ({"layer": "absent"}, KeyError, "layer='absent'"),
+        ({"key": "absent"}, KeyError, r"run `sd\.tl\.switch_de` first"),
+    ],
+)
+def test_switch_genes_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        sd.pl.switch_genes(switching(), show=False, **settings)
+
+
+def attributed() -> ad.AnnData:
+    adata = ad.AnnData(np.zeros((4, 5), np.float32))
+    columns = {"a_value": [0.1, -0.9, 0.5, 0.0, 0.2], "b|c_value": [-0.3, 0.1, 0.2, 0.8, 0.0]}
+    adata.varm["attribution_time"] = pd.DataFrame(columns, index=adata.var_names)
+    adata.uns["attribution_time"] = {"params": {"method": "sensitivity"}, "groups": np.array(["a", "b/c"], object)}
+    return adata
+
+
+def test_attribution_draws_the_largest_of_each_group() -> None:
+    ax = sd.pl.attribution(attributed(), "time", n_genes=2, show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["2", "1", "3", "0"]
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [0.5, -0.9, 0.8, -0.3])
+    assert [t.get_text() for t in ax.texts] == ["a", "b/c"]
+    assert ax.get_xlabel() == "sensitivity with time"
+    assert inside(ax)
+    ax = sd.pl.attribution(attributed(), "time", n_genes=2, groups=["b/c"], sign="negative", show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["4", "0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"n_genes": 0}, ValueError, "n_genes=0"),
+        ({"sign": "up"}, ValueError, r"sign='up'.*'positive'"),
+        ({"groups": ["d"]}, KeyError, r"groups='d'.*'b/c'"),
+        ({"target": "absent"}, KeyError, r"run `sd\.tl\.attribution` first"),
+    ],
+)
+def test_attribution_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        sd.pl.attribution(attributed(), **({"target": "time"} | settings), show=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,23 @@ class Program:
             raise ValueError("nothing to learn: no step of the plan has a learnable parameter")
         active = _active(plan, learned)
         return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values))
+
+    @classmethod
+    def between(cls, plan: Plan, source: Slot, target: Slot) -> tuple[Program, dict[Slot, Any]]:
+        """The part of a plan that leads from a slot, as its last writer leaves it, to a target; and all values.
+
+        Nothing is learned in it: the source is among the frozen values. Floats are double where the source is.
+        """
+        ops, inputs, values = plan.run()
+        last = max((i for i, s in enumerate(plan.steps) if any(w.slot == source for w in s.writes)), default=-1)
+        active = _leading(plan, source, target, last + 1)
+        if not active:
+            raise ValueError(f"{target} does not depend on {source} through a step of the plan")
+        double = (values[source] if source in values else inputs[source]).dtype == np.float64
+        with jax.enable_x64(True) if double else contextlib.nullcontext():
+            dtype = jnp.float64 if double else jnp.float32
+            ops = [_cast(op, dtype) for op in ops]
+            return cls(plan, ops, [], active, _frozen(plan, active, inputs, values, dtype)), inputs | values
 
     def start(self) -> Params:
         """The learned parameters at their current values, in unconstrained space."""
@@ -164,26 +182,46 @@ def _active(plan: Plan, learned: Iterable[str]) -> list[int]:
     return active
 
 
-def _frozen(plan: Plan, active: list[int], inputs: dict[Slot, Any], values: dict[Slot, Any]) -> dict[Slot, Any]:
+def _leading(plan: Plan, source: Slot, target: Slot, first: int) -> list[int]:
+    """The steps from `first` on through which the target depends on the source."""
+    moving, touched = {source}, []
+    for i, step in enumerate(plan.steps[first:], start=first):
+        if moving & set(_sources(step)):
+            touched.append(i)
+            moving |= {w.slot for w in step.writes}
+        else:
+            moving -= {w.slot for w in step.writes}
+    needed, active = {target} & moving, []
+    for i in reversed(touched):
+        step = plan.steps[i]
+        if needed & {w.slot for w in step.writes}:
+            active.append(i)
+            needed = (needed - {w.slot for w in step.writes}) | set(_sources(step))
+    return active[::-1]
+
+
+def _frozen(
+    plan: Plan, active: list[int], inputs: dict[Slot, Any], values: dict[Slot, Any], dtype: Any = jnp.float32
+) -> dict[Slot, Any]:
     """What the active steps read that no active step before them writes, as it stood when they ran."""
     frozen: dict[Slot, Any] = {}
     written: set[Slot] = set()
     for i in active:
         for slot in _sources(plan.steps[i]):
             if slot not in written and slot not in frozen:
-                frozen[slot] = _value_before(plan, i, slot, inputs, values)
+                frozen[slot] = _value_before(plan, i, slot, inputs, values, dtype)
         written |= {w.slot for w in plan.steps[i].writes}
     return frozen
 
 
-def _value_before(plan: Plan, i: int, slot: Slot, inputs: dict[Slot, Any], values: dict[Slot, Any]) -> Any:
+def _value_before(plan: Plan, i: int, slot: Slot, inputs: dict[Slot, Any], values: dict[Slot, Any], dtype: Any) -> Any:
     before = any(w.slot == slot for s in plan.steps[:i] for w in s.writes)
     if not before:
-        return _cast(inputs[slot], jnp.float32)
+        return _cast(inputs[slot], dtype)
     later = any(w.slot == slot for s in plan.steps[i:] for w in s.writes)
     if later:
         raise ValueError(f"{slot} is written both before and after the learned steps; use `key_added` or a layer")
-    return _cast(values[slot], jnp.float32)
+    return _cast(values[slot], dtype)
 
 
 def parameter_names(plan: Plan, ops: list[Any]) -> list[str]:

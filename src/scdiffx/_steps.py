@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "Step",
     "Write",
+    "analysis",
     "apply",
     "host_outputs",
     "initialised",
@@ -266,12 +267,29 @@ def public(function: F) -> F:
             result = function(adata, *args, **kwargs)
             adata.calls.append((name, dict(list(given.items())[1:])))
             return result
-        if not is_anndata(adata):
-            raise TypeError(f"`adata` must be an AnnData or a scdiffx plan, got {type(adata).__name__}")
+        _check_kind(adata)
         return function(adata, *args, **kwargs)
 
     _public[name] = wrapper
     return wrapper  # type: ignore[return-value]
+
+
+def analysis(function: F) -> F:
+    """Make a function that looks at an AnnData or a plan check which it got; it is no step of the plan."""
+
+    @functools.wraps(function)
+    def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
+        ensure_cache()
+        if not isinstance(adata, Plan):
+            _check_kind(adata)
+        return function(adata, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _check_kind(adata: Any) -> None:
+    if not is_anndata(adata):
+        raise TypeError(f"`adata` must be an AnnData or a scdiffx plan, got {type(adata).__name__}")
 
 
 _public: dict[str, Callable[..., Any]] = {}

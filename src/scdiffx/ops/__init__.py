@@ -20,6 +20,7 @@ from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
+from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
 from scdiffx.ops._vae import VAE, Training, VAEResult
 
@@ -70,6 +71,8 @@ __all__ = [
     "SimulateResult",
     "Solo",
     "SoloResult",
+    "SwitchDE",
+    "SwitchDEResult",
     "Training",
     "VAEResult",
     "buffer",

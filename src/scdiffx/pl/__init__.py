@@ -1,10 +1,12 @@
 """Plots of what scanpy does not draw: Matplotlib on the keys of an AnnData."""
 
 from scdiffx.pl._ambient import ambient
+from scdiffx.pl._attribution import attribution
 from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fate_probabilities import fate_probabilities
 from scdiffx.pl._fit import fit
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
+from scdiffx.pl._switch_genes import switch_genes
 
-__all__ = ["ambient", "doublets", "fate_probabilities", "fit", "ot_flow", "pseudotime"]
+__all__ = ["ambient", "attribution", "doublets", "fate_probabilities", "fit", "ot_flow", "pseudotime", "switch_genes"]

@@ -1,5 +1,6 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._fate_probabilities import fate_probabilities
@@ -8,8 +9,11 @@ from scdiffx.tl._ot_trajectory import ot_trajectory
 from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
+from scdiffx.tl._switch_de import switch_de
+from scdiffx.tl._uncertainty import uncertainty
 
 __all__ = [
+    "attribution",
     "differential_distribution",
     "diffmap",
     "dpt",
@@ -21,4 +25,6 @@ __all__ = [
     "ot_trajectory",
     "pseudotime",
     "simulate",
+    "switch_de",
+    "uncertainty",
 ]

@@ -138,6 +138,21 @@ def ambient_keys(layer: str, prefix: str, *extra: str) -> dict[str, str]:
     }
 
 
+def velocity_keys(variance: bool) -> dict[str, str]:
+    return {
+        **{f"layers/{name}": "float32" for name in ("Ms", "Mu", "velocity")},
+        **({"layers/variance_velocity": "float32"} if variance else {}),
+        "var/velocity_gamma": "float32",
+        "var/velocity_qreg_ratio": "float32",
+        "var/velocity_r2": "float64",
+        "var/velocity_genes": "bool",
+        "uns/velocity_params": "mapping",
+        "uns/velocity_params/mode": "str",
+        "uns/velocity_params/fit_offset": "bool",
+        "uns/velocity_params/perc": "list",
+    }
+
+
 SCRUBLET = {
     "obs/doublet_score": "float64",
     "obs/predicted_doublet": "bool",
@@ -394,6 +409,16 @@ CASES = [
     ),
     Case("dpt", "tl.dpt", "rooted", DIFFMAP | {"obs/dpt_pseudotime": "float32"}),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
+    *(
+        Case(
+            f"velocity_{mode}",
+            "tl.velocity",
+            "spliced",
+            velocity_keys(mode == "stochastic"),
+            {"mode": mode, "min_r2": -9.0},
+        )
+        for mode in ("deterministic", "stochastic")
+    ),
 ]
 FUNCTIONS = sorted({case.function for case in CASES})
 OF_MATRIX = [case for case in CASES if case.matrix]
@@ -422,11 +447,19 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
+        "spliced": ("graph", with_unspliced),
         "rooted": ("graph", lambda a: a.uns.update(iroot=3)),
     }[name]
     adata = source(earlier)
     step(adata)
     return adata
+
+
+def with_unspliced(adata: ad.AnnData) -> None:
+    """Layers of spliced counts, and of unspliced ones that lag behind in some cells."""
+    adata.layers["spliced"] = adata.X.copy()
+    lag = sp.diags(np.linspace(0.2, 0.6, CELLS)).astype(np.float32)
+    adata.layers["unspliced"] = sp.csr_matrix(lag @ adata.X, dtype=np.float32)
 
 
 def source(name: str) -> ad.AnnData:
@@ -831,6 +864,9 @@ REFUSED = [
     ("pseudotime", {"root": "nobody"}, ValueError, "root='nobody'"),
     ("pseudotime", {"n_dcs": 0}, ValueError, "n_dcs=0"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
+    ("velocity_deterministic", {"mode": "best"}, ValueError, r"mode='best'.*'stochastic'"),
+    ("velocity_deterministic", {"perc": [5, 101]}, ValueError, r"perc=\[5, 101\]"),
+    ("velocity_stochastic", {"neighbors_key": "absent"}, ValueError, r"'absent'.*Run `sc.pp.neighbors` first"),
 ]
 
 

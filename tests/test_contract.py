@@ -30,7 +30,7 @@ from helpers import (
     tree_vdot,
 )
 from scdiffx import ops
-from scdiffx._core.counts import matmul
+from scdiffx._core.counts import map_rows, matmul
 from scdiffx._core.fields import fields_of_kind, learnables, replace
 
 CELLS, GENES, DIMS = 300, 220, 10
@@ -75,6 +75,12 @@ def of_matrix(x: ops.Counts) -> jax.Array:
     """Sums over slices of the genes: they see every value and have one row a cell."""
     columns = jnp.arange(x.shape[1])
     return matmul(x, jnp.stack([columns % 2, columns % 3], 1).astype(x.dtype))
+
+
+def unspliced_too(d: Data) -> tuple[jax.Array, jax.Array]:
+    """Two dense matrices of genes that depend on each other."""
+    spliced = map_rows(d.log, lambda block: block)
+    return spliced, 0.3 * spliced + map_rows(d.counts, jnp.sqrt)
 
 
 def of_neighbors(result: ops.NeighborsResult) -> Any:
@@ -265,6 +271,23 @@ CASES = [
         # The noise of a cell depends on its place.
         equivariant=False,
         start=lambda d: (d.counts, jnp.argmax(d.coordinates[:, :3], 1), d.batch),
+    ),
+    Case(
+        "moments",
+        lambda: ops.Moments(power=0.4),
+        lambda d: (d.coordinates, d.coordinates**2, d.graph),
+        tuple,
+        budget=150,
+        learns=("power",),
+    ),
+    Case(
+        "steady_state",
+        lambda: ops.SteadyState(stochastic=True, power=0.4),
+        lambda d: (*unspliced_too(d), d.log, d.log, d.graph),
+        lambda r: (r.velocity, r.variance, r.gamma, r.ratio, r.r2),
+        # Inputs, results, their derivatives and copies of these in blocks of genes: all are dense.
+        budget=7_000,
+        learns=("change", "power"),
     ),
     Case(
         "diffusion_map",

@@ -12,12 +12,14 @@ from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifier
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
+from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
+from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._vae import VAE, Training, VAEResult
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "Log1p",
     "Magic",
     "MagicResult",
+    "Moments",
+    "MomentsResult",
     "Neighbors",
     "NeighborsResult",
     "NormalizeTotal",
@@ -62,6 +66,8 @@ __all__ = [
     "SimulateResult",
     "Solo",
     "SoloResult",
+    "SteadyState",
+    "SteadyStateResult",
     "Training",
     "VAEResult",
     "buffer",

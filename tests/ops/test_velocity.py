@@ -1,0 +1,172 @@
+"""RNA velocity against scVelo on the same layers and graph; derivatives and cost are in test_contract."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import anndata as ad
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import scdiffx as sd
+from scdiffx import ops
+
+# scVelo 0.3.4 (Python 3.11, numpy 2.2.6, pandas 2.3.3, scanpy 1.11.5) on pancreas_velocity: `filter_and_normalize`
+# with 20 shared counts, 2,000 highly variable genes, scanpy's 30 components, 30 neighbours and UMAP; then `moments`,
+# and `velocity` ("det", "sto", "dyn"), `velocity_graph`, `velocity_embedding` and `latent_time` at their defaults.
+RECORDED = Path(__file__).with_name("velocity_scvelo.npz")
+
+
+@functools.cache
+def recorded() -> dict[str, np.ndarray]:
+    with np.load(RECORDED) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def bits(name: str, n: int = 2000) -> np.ndarray:
+    return np.unpackbits(recorded()[name])[:n].astype(bool)
+
+
+def rows(name: str, n: int) -> sp.csr_matrix:
+    parts = (recorded()[f"{name}_{part}"] for part in ("data", "indices", "indptr"))
+    return sp.csr_matrix(tuple(parts), shape=(len(recorded()["cells"]), n))
+
+
+@pytest.fixture(scope="module")
+def _normalised(data_dir: Path) -> ad.AnnData:
+    path = data_dir / "pancreas_velocity" / "pancreas_velocity.h5ad"
+    if not path.exists():
+        pytest.skip(f"the data set pancreas_velocity is not at {path}")
+    r = recorded()
+    adata = ad.read_h5ad(path)[:, r["genes"]].copy()
+    for layer in ("spliced", "unspliced"):
+        scaled = sp.diags(r[f"{layer}_factor"]) @ sp.csr_matrix(adata.layers[layer]).astype(np.float32)
+        adata.layers[layer] = scaled.tocsr().astype(np.float32)
+    n, k = r["knn"].shape
+    near = sp.csr_matrix((np.ones(n * k, np.float32), r["knn"].ravel().astype(int), np.arange(0, n * k + 1, k)))
+    near.sort_indices()
+    adata.obsp["distances"] = near
+    weights = near.maximum(near.T).tolil() * np.float32(0.3)
+    weights[tuple(r["no_weight"].T)] = 0  # a few had underflown
+    adata.obsp["connectivities"] = weights.tocsr()
+    adata.uns["neighbors"] = {"connectivities_key": "connectivities", "distances_key": "distances", "params": {}}
+    adata.obsm["X_umap"] = r["umap"]
+    return adata
+
+
+@pytest.fixture
+def pancreas(_normalised: ad.AnnData) -> ad.AnnData:
+    """739 cells x 2000 genes: the layers, the graph and the embedding that scVelo was given. A fresh copy."""
+    return _normalised.copy()
+
+
+def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-3) -> None:
+    """Equal to the tolerance, relative to the largest value of the gene or vector."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("deterministic", "det"), ("stochastic", "sto")])
+def test_steady_state_equals_scvelo(pancreas: ad.AnnData, mode: str, name: str) -> None:
+    sd.tl.velocity(pancreas, mode=mode)
+    r = recorded()
+    genes = bits("velocity_genes")
+    np.testing.assert_array_equal(pancreas.var["velocity_genes"], bits(f"{name}_genes"))
+    close(pancreas.var["velocity_gamma"].to_numpy(), r[f"{name}_gamma"])
+    close(pancreas.var["velocity_r2"].to_numpy(), r[f"{name}_r2"])
+    cells = r["cells"][:4]
+    close(pancreas.layers["velocity"][cells][:, genes], r[f"{name}_velocity"])
+    if name == "sto":
+        close(pancreas.layers["variance_velocity"][cells[:2]][:, genes], r["sto_variance"])
+        assert not pancreas.layers["variance_velocity"][:, ~genes].any()
+
+
+def test_moments_that_are_there_are_used(pancreas: ad.AnnData) -> None:
+    sd.tl.velocity(pancreas, mode="deterministic")
+    again = pancreas.copy()
+    del again.obsp["connectivities"], again.layers["spliced"]
+    again.layers["Mu"] = 2 * again.layers["Mu"]
+    sd.tl.velocity(again, vkey="twice", mode="deterministic")
+    np.testing.assert_allclose(again.var["twice_gamma"], 2 * pancreas.var["velocity_gamma"], rtol=1e-5)
+    np.testing.assert_allclose(again.layers["twice"], 2 * pancreas.layers["velocity"], rtol=1e-4, atol=1e-5)
+
+
+def test_highly_variable_genes_and_thresholds_select(pancreas: ad.AnnData) -> None:
+    pancreas.var["highly_variable"] = np.arange(2000) % 2 == 0
+    sd.tl.velocity(pancreas, mode="deterministic", min_r2=0.3)
+    strict = (pancreas.var["velocity_r2"] > 0.3) & (pancreas.var["velocity_gamma"] > 0.01)
+    np.testing.assert_array_equal(pancreas.var["velocity_genes"], strict & pancreas.var["highly_variable"])
+    sd.tl.velocity(pancreas, mode="deterministic", min_r2=0.3, use_highly_variable=False)
+    np.testing.assert_array_equal(pancreas.var["velocity_genes"], strict)
+
+
+def test_r2_of_all_cells() -> None:
+    rng = np.random.default_rng(0)
+    ms = jnp.asarray(rng.gamma(2.0, size=(200, 5)))
+    mu = 0.4 * ms + jnp.asarray(rng.gamma(1.0, size=(200, 5))) * 0.1
+    found = ops.SteadyState(adjusted=True).init(ms, mu)(ms, mu).r2
+    slope = (ms * mu).sum(0) / (ms**2).sum(0)
+    expected = 1 - ((mu - slope * ms) ** 2).sum(0) / ((mu - mu.mean(0)) ** 2).sum(0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_genes_without_counts_have_no_velocity() -> None:
+    rng = np.random.default_rng(0)
+    ms = jnp.asarray(rng.gamma(2.0, size=(60, 4))).at[:, 1].set(0)
+    mu = 0.5 * ms + 0.01 * ms**2
+    result = ops.SteadyState().init(ms, mu)(ms, mu)
+    assert not np.asarray(result.velocity)[:, 1].any()
+    assert [float(x[1]) for x in (result.gamma, result.r2, result.genes)] == [0, 0, 0]
+
+
+def test_the_few_best_genes_are_taken_where_none_fits() -> None:
+    rng = np.random.default_rng(0)
+    ms, mu = (jnp.asarray(rng.gamma(2.0, size=(60, 30))) for _ in range(2))
+    result = ops.SteadyState(least=(2.0, 0.01)).init(ms, mu)(ms, mu)
+    np.testing.assert_array_equal(result.genes, result.r2 > np.percentile(result.r2, 80))
+
+
+def test_a_plan_computes_what_the_call_does(pancreas: ad.AnnData) -> None:
+    plan = sd.plan(pancreas)
+    sd.tl.velocity(plan, mode="stochastic")
+    planned = pancreas.copy()
+    plan.apply()
+    sd.tl.velocity(planned, mode="stochastic")
+    for layer in ("Ms", "velocity", "variance_velocity"):
+        np.testing.assert_allclose(pancreas.layers[layer], planned.layers[layer], rtol=1e-4, atol=1e-3)
+
+
+def test_unusable_input_is_refused_and_nothing_is_written(pancreas: ad.AnnData) -> None:
+    pancreas = pancreas[:50, :40].copy()
+    keys = set(pancreas.layers), set(pancreas.var), set(pancreas.uns)
+
+    def refuses(error: type[Exception], match: str, adata: ad.AnnData = pancreas, **settings: object) -> None:
+        with pytest.raises(error, match=match):
+            sd.tl.velocity(adata, **{"mode": "deterministic", **settings})
+        assert (set(pancreas.layers), set(pancreas.var), set(pancreas.uns)) == keys
+
+    refuses(ValueError, "mode='best'.*'stochastic'", mode="best")
+    refuses(ValueError, "perc=101", perc=101)
+    refuses(ValueError, r"'absent'.*Run `sc.pp.neighbors` first", neighbors_key="absent")
+    refuses(ValueError, r"'absent'.*Run `sc.pp.neighbors` first", neighbors_key="absent", mode="stochastic")
+    for layer in ("spliced", "unspliced"):
+        without = pancreas.copy()
+        del without.layers[layer]
+        refuses(KeyError, f"'{layer}' is not in `adata.layers`", without)
+        for value, words in ((-1.0, "negative"), (np.nan, "not finite")):
+            poisoned = pancreas.copy()
+            poisoned.layers[layer] = poisoned.layers[layer].toarray()
+            poisoned.layers[layer][3, 5] = value
+            where = f"cell '{pancreas.obs_names[3]}' and gene '{pancreas.var_names[5]}' is {words}"
+            refuses(ValueError, where, poisoned)
+
+
+def test_raw_counts_are_pointed_out(pancreas: ad.AnnData) -> None:
+    adata = pancreas[:60, :80].copy()
+    adata.layers["spliced"] = adata.layers["spliced"].ceil()
+    with pytest.warns(UserWarning, match=r"layers\['spliced'\] holds integers") as caught:
+        sd.tl.velocity(adata, mode="deterministic", min_r2=-9)
+    assert caught[0].filename == __file__

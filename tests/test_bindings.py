@@ -419,6 +419,25 @@ CASES = [
         )
         for mode in ("deterministic", "stochastic")
     ),
+    Case(
+        "velocity_graph",
+        "tl.velocity_graph",
+        "moving",
+        {
+            "uns/velocity_graph": "float32",
+            "uns/velocity_graph_neg": "float32",
+            "obs/velocity_self_transition": "float32",
+            "uns/velocity_params/mode_neighbors": "str",
+            "uns/velocity_params/n_recurse_neighbors": "int",
+        },
+    ),
+    Case(
+        "velocity_embedding",
+        "tl.velocity_embedding",
+        "directed",
+        {"obsm/velocity_pca": "float64", "uns/velocity_params/embeddings": "list"},
+        {"basis": "pca"},
+    ),
 ]
 FUNCTIONS = sorted({case.function for case in CASES})
 OF_MATRIX = [case for case in CASES if case.matrix]
@@ -448,6 +467,8 @@ def _source(name: str) -> ad.AnnData:
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
         "spliced": ("graph", with_unspliced),
+        "moving": ("spliced", lambda a: sd.tl.velocity(a, mode="deterministic", min_r2=-9.0)),
+        "directed": ("moving", sd.tl.velocity_graph),
         "rooted": ("graph", lambda a: a.uns.update(iroot=3)),
     }[name]
     adata = source(earlier)
@@ -545,7 +566,8 @@ def test_copy_leaves_the_original_alone(case: Case) -> None:
 def test_a_view_becomes_actual_and_its_parent_stays(case: Case) -> None:
     parent = source(case.source)
     before = contents(parent)
-    view = parent[np.arange(CELLS) != 2]
+    # A velocity graph is one of all cells.
+    view = parent[:, np.arange(GENES) != 2] if case.source == "directed" else parent[np.arange(CELLS) != 2]
     alone = view.copy()
     with pytest.warns(UserWarning, match="view") as caught:
         function_named(case.function)(view, **case.kwargs)
@@ -864,6 +886,14 @@ REFUSED = [
     ("pseudotime", {"root": "nobody"}, ValueError, "root='nobody'"),
     ("pseudotime", {"n_dcs": 0}, ValueError, "n_dcs=0"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
+    ("velocity_graph", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
+    ("velocity_graph", {"n_recurse_neighbors": 0}, ValueError, "n_recurse_neighbors=0"),
+    ("velocity_graph", {"vkey": "absent"}, KeyError, r"'absent'.*'velocity'.*run `sd.tl.velocity` first"),
+    ("velocity_graph", {"xkey": "absent"}, KeyError, r"'absent'.*'Ms'"),
+    ("velocity_graph", {"neighbors_key": "absent"}, ValueError, "Run `sc.pp.neighbors` first"),
+    ("velocity_embedding", {"scale": 0}, ValueError, "scale=0"),
+    ("velocity_embedding", {"basis": "tsne"}, KeyError, r"basis='tsne'.*'X_pca'"),
+    ("velocity_embedding", {"vkey": "absent"}, KeyError, "'absent_graph'.*run `sd.tl.velocity_graph` first"),
     ("velocity_deterministic", {"mode": "best"}, ValueError, r"mode='best'.*'stochastic'"),
     ("velocity_deterministic", {"perc": [5, 101]}, ValueError, r"perc=\[5, 101\]"),
     ("velocity_stochastic", {"neighbors_key": "absent"}, ValueError, r"'absent'.*Run `sc.pp.neighbors` first"),

@@ -83,6 +83,14 @@ def unspliced_too(d: Data) -> tuple[jax.Array, jax.Array]:
     return spliced, 0.3 * spliced + map_rows(d.counts, jnp.sqrt)
 
 
+def cosines_of(d: Data) -> ops.Directed:
+    """Numbers between -1 and 1 on the edges of the graph."""
+    matrix = d.graph.to_scipy()
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    matrix.data = np.tanh(np.asarray(d.coordinates)[rows, 0] - np.asarray(d.coordinates)[matrix.indices, 1])
+    return ops.Directed.from_scipy(matrix)
+
+
 def of_neighbors(result: ops.NeighborsResult) -> Any:
     graph = result.connectivities
     return result.distances, graph.row_sums(), graph.with_values(graph.values**2).row_sums()
@@ -288,6 +296,25 @@ CASES = [
         # Inputs, results, their derivatives and copies of these in blocks of genes: all are dense.
         budget=7_000,
         learns=("change", "power"),
+    ),
+    *(
+        Case(
+            f"velocity_graph_{name}",
+            functools.partial(ops.VelocityGraph, **settings),
+            lambda d: (d.coordinates, jnp.roll(d.coordinates, 1, axis=1), d.gene_weights[:DIMS]),
+            lambda r: (r.cosines.row_sums(), r.cosines.row_sums(r.cosines.values**2), r.self_transition),
+            budget=150,
+            start=lambda d: (d.coordinates, d.coordinates, None, d.graph),
+        )
+        for name, settings in (("plain", {"n_neighbors": 6}), ("roots", {"sqrt_transform": True}))
+    ),
+    Case(
+        "velocity_embedding",
+        lambda: ops.VelocityEmbedding(scale=4.0),
+        lambda d: (cosines_of(d), d.coordinates[:, :3]),
+        lambda r: r,
+        budget=150,
+        learns=("scale",),
     ),
     Case(
         "diffusion_map",

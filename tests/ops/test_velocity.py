@@ -84,6 +84,56 @@ def test_steady_state_equals_scvelo(pancreas: ad.AnnData, mode: str, name: str) 
         assert not pancreas.layers["variance_velocity"][:, ~genes].any()
 
 
+@pytest.mark.parametrize(("mode", "name"), [("deterministic", "det"), ("stochastic", "sto")])
+def test_graph_and_embedding_equal_scvelo(pancreas: ad.AnnData, mode: str, name: str) -> None:
+    sd.tl.velocity(pancreas, mode=mode)
+    sd.tl.velocity_graph(pancreas)
+    sd.tl.velocity_embedding(pancreas, basis="umap")
+    r = recorded()
+    for key in ("graph", "graph_neg"):
+        expected = rows(f"{name}_{key}", pancreas.n_obs)
+        found = pancreas.uns[f"velocity_{key}"][r["cells"]]
+        assert abs(found - expected).max() < 1e-4
+        assert found.nnz == expected.nnz
+    close(pancreas.obs["velocity_self_transition"].to_numpy(), r[f"{name}_self"])
+    close(pancreas.obsm["velocity_umap"], r[f"{name}_umap"])
+    assert pancreas.uns["velocity_params"] == {
+        "mode": mode,
+        "fit_offset": False,
+        "perc": [5, 95],
+        "mode_neighbors": "distances",
+        "n_recurse_neighbors": 2,
+        "embeddings": ["umap"],
+    }
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def test_graph_by_its_definition(pancreas: ad.AnnData) -> None:
+    sd.tl.velocity(pancreas, mode="deterministic")
+    sd.tl.velocity_graph(pancreas, n_neighbors=4, sqrt_transform=True)
+    genes = pancreas.var["velocity_genes"].to_numpy()
+    x, v = (pancreas.layers[layer][:, genes].astype(np.float64) for layer in ("Ms", "velocity"))
+    both = pancreas.uns["velocity_graph"] + pancreas.uns["velocity_graph_neg"]
+    assert set(np.diff(both.indptr)) <= {3, 4}  # a cosine can be 0
+    for cell in (3, 77):
+        for other in both[cell].indices:
+            root = [np.sign(a) * np.sqrt(np.abs(a)) for a in (x[other] - x[cell], v[cell])]
+            assert both[cell, other] == pytest.approx(cosine(*root), abs=1e-5)
+
+
+def test_three_steps_reach_further_than_two(pancreas: ad.AnnData) -> None:
+    sd.tl.velocity(pancreas, mode="deterministic")
+    stored = []
+    for steps in (1, 2, 3):
+        sd.tl.velocity_graph(pancreas, n_neighbors=3, n_recurse_neighbors=steps)
+        stored.append(pancreas.uns["velocity_graph"].nnz + pancreas.uns["velocity_graph_neg"].nnz)
+    assert stored[0] <= 3 * pancreas.n_obs < stored[1] < stored[2]
+
+
 def test_moments_that_are_there_are_used(pancreas: ad.AnnData) -> None:
     sd.tl.velocity(pancreas, mode="deterministic")
     again = pancreas.copy()
@@ -131,10 +181,14 @@ def test_the_few_best_genes_are_taken_where_none_fits() -> None:
 
 def test_a_plan_computes_what_the_call_does(pancreas: ad.AnnData) -> None:
     plan = sd.plan(pancreas)
-    sd.tl.velocity(plan, mode="stochastic")
     planned = pancreas.copy()
+    for target in (plan, planned):
+        sd.tl.velocity(target, mode="stochastic")
+        sd.tl.velocity_graph(target)
+        sd.tl.velocity_embedding(target, basis="umap")
     plan.apply()
-    sd.tl.velocity(planned, mode="stochastic")
+    assert pancreas.uns["velocity_params"] == planned.uns["velocity_params"]
+    np.testing.assert_allclose(pancreas.obsm["velocity_umap"], planned.obsm["velocity_umap"], rtol=1e-3, atol=1e-5)
     for layer in ("Ms", "velocity", "variance_velocity"):
         np.testing.assert_allclose(pancreas.layers[layer], planned.layers[layer], rtol=1e-4, atol=1e-3)
 

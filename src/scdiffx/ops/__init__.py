@@ -1,6 +1,7 @@
 """Operators: the mathematics without AnnData. Frozen dataclasses, pytrees, pure functions of arrays and graphs."""
 
 from scdiffx._core.counts import Counts
+from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
@@ -21,6 +22,8 @@ from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
 from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._vae import VAE, Training, VAEResult
+from scdiffx.ops._velocity_embedding import VelocityEmbedding
+from scdiffx.ops._velocity_graph import VelocityGraph, VelocityGraphResult
 
 __all__ = [
     "DIFFERENTIABLE_METRICS",
@@ -36,6 +39,7 @@ __all__ = [
     "DifferentialDistributionResult",
     "DiffusionMap",
     "DiffusionMapResult",
+    "Directed",
     "DoubletClassifier",
     "DoubletClassifierResult",
     "Graph",
@@ -70,6 +74,9 @@ __all__ = [
     "SteadyStateResult",
     "Training",
     "VAEResult",
+    "VelocityEmbedding",
+    "VelocityGraph",
+    "VelocityGraphResult",
     "buffer",
     "learnable",
     "operator",

@@ -6,5 +6,17 @@ from scdiffx.tl._leiden import leiden
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._velocity import velocity
+from scdiffx.tl._velocity_embedding import velocity_embedding
+from scdiffx.tl._velocity_graph import velocity_graph
 
-__all__ = ["differential_distribution", "diffmap", "dpt", "leiden", "pseudotime", "simulate", "velocity"]
+__all__ = [
+    "differential_distribution",
+    "diffmap",
+    "dpt",
+    "leiden",
+    "pseudotime",
+    "simulate",
+    "velocity",
+    "velocity_embedding",
+    "velocity_graph",
+]

@@ -88,7 +88,7 @@ _cosines.defvjp(_cosines_fwd, _cosines_bwd)
 
 def self_transition(cosines: Directed) -> Float[Array, " cells"]:
     """How far the best cosine of a cell falls short of the 98th percentile of all cells', at least 0."""
-    best = jnp.maximum(cosines.values, 0).max(1)
+    best = jnp.where(cosines.valid, jnp.maximum(cosines.values, 0), 0).max(1)
     best = jnp.zeros(cosines.n_cells, best.dtype).at[cosines.owner].max(best, mode="drop")
     return jnp.clip(jnp.percentile(best, 98) - best, 0, 1)
 

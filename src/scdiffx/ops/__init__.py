@@ -10,7 +10,9 @@ from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
+from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
+from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._moments import Moments, MomentsResult
@@ -42,9 +44,14 @@ __all__ = [
     "Directed",
     "DoubletClassifier",
     "DoubletClassifierResult",
+    "Dynamics",
+    "DynamicsFit",
+    "DynamicsResult",
     "Graph",
     "HighlyVariable",
     "HighlyVariableResult",
+    "LatentTime",
+    "LatentTimeResult",
     "Leiden",
     "LeidenResult",
     "Log1p",

@@ -65,19 +65,19 @@ class Dynamics:
     scVelo's steps of expectation and maximisation, for all genes together; the genes are those at `columns`, by
     default those that the steady-state model fits. The call gives velocities at these times, which are held constant.
     `change` (3, fitted; 0 at first) is the learnable change of the logarithms of the three rates, `power` that of
-    :class:`Moments` where times are averaged over neighbours. Genes are good if likelihood and r2 are above `least`.
+    :class:`Moments` where times are averaged over neighbours. Genes are good if likelihood and r2 are above the
+    first two numbers of `least`; the steady-state model, on cells beyond the `percentile`, goes by the last two.
     """
 
     change: Array | None = learnable(default=None)
     power: float | Array = learnable(default=0.0)
     fit: DynamicsFit | None = buffer(default=None, structure=True)
     columns: tuple[int, ...] | None = static(default=None)
-    least: tuple[float, float] = static(default=(1e-3, 0.01))
+    least: tuple[float, float, float] = static(default=(1e-3, 0.01, 0.01))
+    percentile: float = static(default=95.0)
 
-    def init(
-        self, ms: Array, mu: Array, graph: Graph, mask: Array | None = None, key: Array | None = None
-    ) -> Dynamics:
-        ratio = SteadyState(adjusted=True).init(ms, mu)
+    def init(self, ms: Array, mu: Array, graph: Graph, mask: Array | None = None, key: Array | None = None) -> Dynamics:
+        ratio = SteadyState(adjusted=True, percentile=self.percentile, least=self.least[1:]).init(ms, mu)
         steady = jax.jit(lambda op, *a: op(*a))(ratio, ms, mu, None, None, None, mask)
         columns = np.flatnonzero(np.asarray(steady.genes)) if self.columns is None else np.asarray(self.columns)
         mean = jax.tree.map(_single, neighbour_mean(graph))
@@ -103,7 +103,10 @@ class Dynamics:
             raise ValueError("Dynamics needs its fit: call `op = op.init(ms, mu, graph)` first")
         mean = neighbour_mean(graph, self.power)
         changed = f.rates._replace(
-            **{k: getattr(f.rates, k) * jnp.exp(c) for k, c in zip(("alpha", "beta", "gamma"), self.change, strict=True)}
+            **{
+                k: getattr(f.rates, k) * jnp.exp(c)
+                for k, c in zip(("alpha", "beta", "gamma"), self.change, strict=True)
+            }
         )
 
         def block(s: Array, u: Array, tau: Array, tau_off: Array, std_u: Array, std_s: Array, *rates: Array) -> Any:

@@ -19,6 +19,7 @@ __all__ = ["Cells", "Fitted", "fit_genes"]
 # Jumps of time between consecutive cells: beyond three times this percentile they are cut, at most so many a gene.
 _PERCENTILE = 99.5
 _JUMPS = 16
+_UNROLL = 4
 
 
 class Cells(NamedTuple):
@@ -134,9 +135,14 @@ def _projected(c: Cells, u: Array, r: Rates, end: tuple[Array, Array]) -> tuple[
             return jnp.where(closer, distance, best[0]), jnp.where(closer, tau, best[1])
 
         start_value = (jnp.full(u.shape, jnp.inf, u.dtype), jnp.zeros_like(u))
-        return jax.lax.fori_loop(first, n, step, start_value)[1]
+        # Unrolled, so that counts are read once for several points.
+        return jax.lax.fori_loop(first, n, step, start_value, unroll=_UNROLL)[1]
 
     return nearest(r.switch, (0.0, 0.0), r.alpha, 0), nearest(horizon, end, 0.0, 1)
+
+
+def _averages(mean: Any, parts: Any) -> Array:
+    return jnp.stack([averaged(mean, d) for d in parts])
 
 
 def _assign(c: Cells, r: Rates, project: bool) -> tuple[Array, Array, Array, Array]:
@@ -144,13 +150,13 @@ def _assign(c: Cells, r: Rates, project: bool) -> tuple[Array, Array, Array, Arr
     u = c.u / r.scaling
     end = solution(r.switch, 0.0, 0.0, r.alpha, r.beta, r.gamma)
     tau, tau_off = _times(c, u, r, end, project)
-    off, on = (averaged(c.mean, d) for d in _distances(c, u, r, tau, tau_off, end))
+    off, on = _averages(c.mean, _distances(c, u, r, tau, tau_off, end))
     tau, tau_off = _without_jumps(tau, tau_off, on < off)
     std_u = c.std_u / r.scaling
     steady = ((u - r.alpha / r.beta) / std_u) ** 2 + ((c.s - r.alpha / r.gamma) / c.std_s) ** 2
     nothing = (u / std_u) ** 2 + (c.s / c.std_s) ** 2
-    options = [averaged(c.mean, d) for d in (*_distances(c, u, r, tau, tau_off, end), nothing, steady)]
-    best = jnp.argmin(jnp.stack(options), axis=0)
+    options = _averages(c.mean, (*_distances(c, u, r, tau, tau_off, end), nothing, steady))
+    best = jnp.argmin(options, axis=0)
     t = jnp.where(best == 0, tau_off + r.switch, jnp.where(best == 1, tau, jnp.where(best == 2, 0, r.switch)))
     return tau, tau_off, t, ((best == 1) | (best == 2)).astype(jnp.int32)
 
@@ -204,25 +210,34 @@ class Fit:
         self.cells = cells
         self.ratio = jnp.full_like(rates.alpha, jnp.nan)
         self.project = False
-        self.state = self.evaluate(rates)
+        # What is kept, and the same rates with the times that they are assigned now.
+        self.state = self.present = self.evaluate(rates)
         self.losses = [self.state.loss]
 
     def evaluate(self, rates: Rates) -> State:
         return _evaluate(self.cells, rates, self.ratio, self.project)
 
-    def update(self, rates: Rates, *, adjust: bool = True) -> None:
-        """Take the rates for the genes where they lower the loss; then end transcription sooner where that does no harm."""
-        state, trial = self.state, self.evaluate(rates)
+    def update(self, rates: Rates) -> None:
+        """Take the rates for the genes where they lower the loss; then end transcription sooner where it does no harm."""
+        same = rates is self.present.rates
+        self._take(self.present if same else self.evaluate(rates), adjust=True)
+
+    def _take(self, trial: State, adjust: bool) -> None:
+        state = self.state
         better = trial.loss < state.loss
-        new = _where(better, trial, state)
+        current, new = _where(better, trial, self.present), _where(better, trial, state)
         if adjust:
-            # After a change of how times are assigned, the present ones are not those of the present rates.
-            present = self.evaluate(state.rates) if self.project else state
-            current = _where(better, trial, present)
             switch, sooner = _earlier_switch(state, current)
             alternative = self.evaluate(current.rates._replace(switch=switch))
-            new = _where(_takes(state, current, alternative, sooner), alternative, new)
-        self.state = new
+            takes = _takes(state, current, alternative, sooner)
+            current, new = _where(takes, alternative, current), _where(takes, alternative, new)
+        self.state, self.present = new, current
+
+    def project_times(self) -> None:
+        """From now on times are assigned by projection, and taken where that lowers the loss."""
+        self.project = True
+        self.present = self.evaluate(self.state.rates)
+        self._take(self.present, adjust=False)
 
     def simplex(self, names: tuple[str, ...], tolerance: float = 1e-4, refit_time: bool = True) -> None:
         """One step of the simplex algorithm of Nelder and Mead in the rates of these names, as in SciPy; then update."""
@@ -246,37 +261,80 @@ class Fit:
             self.update(rates._replace(**{name: value}))
 
 
+class Simplex(NamedTuple):
+    """Corners (n + 1, n, genes), best first, their values, and which genes have converged."""
+
+    corner: Array
+    value: Array
+    small: Array
+
+
+@jax.jit
+def _corners(x: Array) -> Array:
+    n = x.shape[0]
+    moved = [x.at[k].set(jnp.where(x[k] != 0, 1.05 * x[k], 0.00025)) for k in range(n)]
+    return jnp.stack([x, *moved])
+
+
+@jax.jit
+def _sorted(corner: Array, values: list[Array], tolerance: float) -> tuple[Simplex, Array]:
+    """The simplex, and its worst corner reflected in the centre of the others."""
+    value = jnp.stack(values)
+    order = jnp.argsort(value, axis=0, stable=True)
+    corner = jnp.take_along_axis(corner, order[:, None], 0)
+    value = jnp.take_along_axis(value, order, 0)
+    near = jnp.abs(corner[1:] - corner[0]).max((0, 1)) <= tolerance
+    small = near & (jnp.abs(value[0] - value[1:]).max(0) <= tolerance)
+    return Simplex(corner, value, small), 2 * corner[:-1].mean(0) - corner[-1]
+
+
+@jax.jit
+def _second(s: Simplex, at_reflected: Array) -> Array:
+    """Further than the reflected corner where that is the best, else between centre and the better of the two."""
+    centre, worst = s.corner[:-1].mean(0), s.corner[-1]
+    weight = jnp.where(at_reflected < s.value[0], 2.0, jnp.where(at_reflected < s.value[-1], 0.5, -0.5))
+    return centre + weight * (centre - worst)
+
+
+@jax.jit
+def _moved(
+    s: Simplex, reflected: Array, at_reflected: Array, second: Array, at_second: Array
+) -> tuple[Array, Array, Array]:
+    """The better of the best corner and the new one, its value, and the genes whose simplex has to shrink."""
+    best, value = s.corner[0], s.value
+    expand, outside = at_reflected < value[0], at_reflected < value[-1]
+    plain = ~expand & (at_reflected < value[-2])
+    contracts = jnp.where(outside, at_second <= at_reflected, at_second < value[-1])
+    take = jnp.where(expand, at_second < at_reflected, ~plain & contracts)
+    shrink = ~(expand | plain | take | s.small)
+    new, at_new = jnp.where(take, second, reflected), jnp.where(take, at_second, at_reflected)
+    better = ~(s.small | shrink) & (at_new < value[0])
+    return jnp.where(better, new, best), jnp.where(better, at_new, value[0]), shrink
+
+
+@jax.jit
+def _shrunk(s: Simplex, k: int) -> Array:
+    return s.corner[0] + 0.5 * (s.corner[k] - s.corner[0])
+
+
+@jax.jit
+def _better(x: Array, value: Array, other: Array, at_other: Array, where: Array) -> tuple[Array, Array]:
+    take = where & (at_other < value)
+    return jnp.where(take, other, x), jnp.where(take, at_other, value)
+
+
 def nelder_mead_step(f: Callable[[Array], Array], x: Float[Array, "n genes"], tolerance: float) -> Array:
     """The best corner (n, genes) after one step of the simplex around `x`, for all genes at once."""
-    n = x.shape[0]
-    corners = [x] + [x.at[k].set(jnp.where(x[k] != 0, 1.05 * x[k], 0.00025)) for k in range(n)]
-    values = jnp.stack([f(corner) for corner in corners])
-    order = jnp.argsort(values, axis=0, stable=True)
-    corner = jnp.take_along_axis(jnp.stack(corners), order[:, None], 0)
-    values = jnp.take_along_axis(values, order, 0)
-    small = (jnp.abs(corner[1:] - corner[0]).max((0, 1)) <= tolerance) & (
-        jnp.abs(values[0] - values[1:]).max(0) <= tolerance
-    )
-    centre, worst = corner[:-1].mean(0), corner[-1]
-    reflected = 2 * centre - worst
+    corner = _corners(x)
+    simplex, reflected = _sorted(corner, [f(at) for at in corner], tolerance)
     at_reflected = f(reflected)
-    expand, outside = at_reflected < values[0], at_reflected < values[-1]
-    weight = jnp.where(expand, 2.0, jnp.where(outside, 0.5, -0.5))
-    second = centre + weight * (centre - worst)
-    at_second = f(second)
-    plain = ~expand & (at_reflected < values[-2])
-    take = jnp.where(expand, at_second < at_reflected, ~plain & jnp.where(outside, at_second <= at_reflected, at_second < values[-1]))
-    shrink = ~expand & ~plain & ~take & ~small
-    new, at_new = jnp.where(take, second, reflected), jnp.where(take, at_second, at_reflected)
-    keep = small | shrink
-    candidates, at_candidates = [corner[0], jnp.where(keep, corner[0], new)], [values[0], jnp.where(keep, values[0], at_new)]
+    second = _second(simplex, at_reflected)
+    best, value, shrink = _moved(simplex, reflected, at_reflected, second, f(second))
     if bool(shrink.any()):
-        for k in range(1, n + 1):
-            closer = jnp.where(shrink, corner[0] + 0.5 * (corner[k] - corner[0]), corner[0])
-            candidates.append(closer)
-            at_candidates.append(jnp.where(shrink, f(closer), jnp.inf))
-    chosen = jnp.argmin(jnp.stack(at_candidates), axis=0)
-    return jnp.take_along_axis(jnp.stack(candidates), chosen[None, None], 0)[0]
+        for k in range(1, len(corner)):
+            other = _shrunk(simplex, k)
+            best, value = _better(best, value, other, f(other), shrink)
+    return best
 
 
 def fit_genes(cells: Cells, rates: Rates, upper: Array) -> Fitted:
@@ -291,10 +349,9 @@ def fit_genes(cells: Cells, rates: Rates, upper: Array) -> Fitted:
     fit.simplex(("alpha", "gamma"), 1e-2)
     fit.simplex(("switch",))
     fit.simplex(("switch", "alpha", "beta", "gamma"), 1e-2)
-    fit.project = True
-    fit.update(fit.state.rates, adjust=False)
+    fit.project_times()
     fit.simplex(("switch", "alpha", "beta", "gamma"), 1e-2, refit_time=False)
-    fit.update(fit.state.rates)
+    fit.update(fit.present.rates)
     return _finished(cells, fit.state, fit.ratio, upper, jnp.stack([*fit.losses, fit.state.loss]))
 
 

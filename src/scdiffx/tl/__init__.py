@@ -2,6 +2,7 @@
 
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
+from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
@@ -13,6 +14,7 @@ __all__ = [
     "differential_distribution",
     "diffmap",
     "dpt",
+    "latent_time",
     "leiden",
     "pseudotime",
     "simulate",

@@ -39,6 +39,7 @@ class Case(NamedTuple):
     keyed: Mapping[str, str] | None = None
     matrix: bool = False
     counts: bool = False
+    slow: bool = False
 
 
 HVG = {"var/highly_variable": "bool", "var/means": "float64", "uns/hvg": "mapping", "uns/hvg/flavor": "str"}
@@ -150,6 +151,26 @@ def velocity_keys(variance: bool) -> dict[str, str]:
         "uns/velocity_params/mode": "str",
         "uns/velocity_params/fit_offset": "bool",
         "uns/velocity_params/perc": "list",
+    }
+
+
+def dynamical_keys() -> dict[str, str]:
+    names = "alpha beta gamma t_ scaling u0 s0 alignment_scaling std_u std_s likelihood pval_steady steady_u steady_s"
+    return {
+        **{f"layers/{name}": "float32" for name in ("Ms", "Mu")},
+        **{f"layers/{name}": "float64" for name in ("velocity", "velocity_u", "fit_t", "fit_tau", "fit_tau_")},
+        **{f"var/fit_{name}": "float64" for name in [*names.split(), "variance", "r2"]},
+        "var/velocity_genes": "bool",
+        "varm/loss": "float64",
+        "uns/velocity_params": "mapping",
+        "uns/velocity_params/mode": "str",
+        "uns/velocity_params/fit_offset": "bool",
+        "uns/velocity_params/perc": "list",
+        "uns/recover_dynamics": "mapping",
+        **{
+            f"uns/recover_dynamics/{name}": "bool"
+            for name in ("fit_connected_states", "fit_basal_transcription", "use_raw")
+        },
     }
 
 
@@ -420,6 +441,22 @@ CASES = [
         for mode in ("deterministic", "stochastic")
     ),
     Case(
+        "velocity_dynamical",
+        "tl.velocity",
+        "spliced",
+        dynamical_keys(),
+        {"mode": "dynamical", "min_r2": -9.0},
+        slow=True,
+    ),
+    Case(
+        "latent_time",
+        "tl.latent_time",
+        "timed",
+        {f"obs/{name}": "float64" for name in ("latent_time", "velocity_pseudotime", "root_cells", "end_points")},
+        {"min_likelihood": 0.01},
+        slow=True,
+    ),
+    Case(
         "velocity_graph",
         "tl.velocity_graph",
         "moving",
@@ -445,7 +482,8 @@ OF_GRAPH = [case for case in CASES if case.source in ("graph", "rooted")]
 
 
 def each(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    marked = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
 def function_named(name: str) -> Callable[..., Any]:
@@ -469,6 +507,7 @@ def _source(name: str) -> ad.AnnData:
         "spliced": ("graph", with_unspliced),
         "moving": ("spliced", lambda a: sd.tl.velocity(a, mode="deterministic", min_r2=-9.0)),
         "directed": ("moving", sd.tl.velocity_graph),
+        "timed": ("spliced", timed),
         "rooted": ("graph", lambda a: a.uns.update(iroot=3)),
     }[name]
     adata = source(earlier)
@@ -481,6 +520,11 @@ def with_unspliced(adata: ad.AnnData) -> None:
     adata.layers["spliced"] = adata.X.copy()
     lag = sp.diags(np.linspace(0.2, 0.6, CELLS)).astype(np.float32)
     adata.layers["unspliced"] = sp.csr_matrix(lag @ adata.X, dtype=np.float32)
+
+
+def timed(adata: ad.AnnData) -> None:
+    sd.tl.velocity(adata, mode="dynamical", min_r2=-9.0)
+    sd.tl.velocity_graph(adata)
 
 
 def source(name: str) -> ad.AnnData:
@@ -567,7 +611,7 @@ def test_a_view_becomes_actual_and_its_parent_stays(case: Case) -> None:
     parent = source(case.source)
     before = contents(parent)
     # A velocity graph is one of all cells.
-    view = parent[:, np.arange(GENES) != 2] if case.source == "directed" else parent[np.arange(CELLS) != 2]
+    view = parent[:, np.arange(GENES) != 2] if case.source in ("directed", "timed") else parent[np.arange(CELLS) != 2]
     alone = view.copy()
     with pytest.warns(UserWarning, match="view") as caught:
         function_named(case.function)(view, **case.kwargs)
@@ -886,6 +930,8 @@ REFUSED = [
     ("pseudotime", {"root": "nobody"}, ValueError, "root='nobody'"),
     ("pseudotime", {"n_dcs": 0}, ValueError, "n_dcs=0"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
+    ("velocity_deterministic", {"var_names": ["HES4"]}, ValueError, "var_names has no meaning"),
+    ("velocity_deterministic", {"mode": "dynamical", "var_names": ["absent"]}, KeyError, "'absent'"),
     ("velocity_graph", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
     ("velocity_graph", {"n_recurse_neighbors": 0}, ValueError, "n_recurse_neighbors=0"),
     ("velocity_graph", {"vkey": "absent"}, KeyError, r"'absent'.*'velocity'.*run `sd.tl.velocity` first"),

@@ -69,6 +69,7 @@ class Case(NamedTuple):
     equivariant: bool = True
     # What `init` reads, where that is not what the call reads.
     start: Callable[[Data], tuple[Any, ...]] | None = None
+    slow: bool = False
 
 
 def of_matrix(x: ops.Counts) -> jax.Array:
@@ -297,6 +298,24 @@ CASES = [
         # Inputs, results, their derivatives and copies of these in blocks of genes: all are dense.
         budget=7_000,
         learns=("change", "power"),
+        slow=True,
+    ),
+    Case(
+        "dynamics",
+        lambda: ops.Dynamics(power=0.4, columns=tuple(range(DIMS))),
+        lambda d: (d.coordinates**2 + 1, 0.3 * d.coordinates[:, ::-1] ** 2 + d.coordinates**2, d.graph),
+        lambda r: (r.velocity, r.velocity_u),
+        budget=300,
+        learns=("change", "power"),
+        slow=True,
+    ),
+    Case(
+        "latent_time",
+        lambda: ops.LatentTime(),
+        lambda d: (jnp.abs(d.coordinates) + 0.1,),
+        lambda r: r.latent_time,
+        budget=150,
+        start=lambda d: (jnp.abs(d.coordinates) + 0.1, None, cosines_of(d), d.graph, d.graph),
     ),
     *(
         Case(
@@ -351,7 +370,8 @@ in_double = pytest.mark.usefixtures("x64")
 
 
 def each(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    marked = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class DynamicsFit(NamedTuple):
 
 
 class DynamicsResult(NamedTuple):
-    """`velocity` and `velocity_u` (cells, fitted): change of spliced and unspliced counts; `genes` (genes,): 1 if good."""
+    """`velocity` and `velocity_u` (cells, fitted): changes of both kinds of counts; `genes` (genes,): 1 if good."""
 
     velocity: Float[Array, "cells fitted"]
     velocity_u: Float[Array, "cells fitted"]
@@ -86,8 +86,8 @@ class Dynamics:
         found = np.flatnonzero(start.recoverable)
         if not len(found):
             raise ValueError("no gene has enough spliced and unspliced counts for the dynamical model")
-        fit = _aligned(columns[found], *(jax.tree.map(lambda x: x[..., found], p) for p in (start, fitted)), mean)
-        fit = fit._replace(r2=steady.r2)
+        start, fitted = jax.tree.map(lambda x: x[..., found], (start, fitted))
+        fit = _aligned(columns[found], start, fitted, mean)._replace(r2=steady.r2)
         fit = jax.tree.map(lambda x: jnp.asarray(x, ms.dtype if x.dtype.kind == "f" else None), fit)
         return replace(self, fit=fit, change=jnp.zeros((3, len(found)), ms.dtype))
 
@@ -134,14 +134,14 @@ def _fit_in_blocks(ms: np.ndarray, mu: np.ndarray, mean: Any) -> tuple[Start, Fi
     parts = []
     for first in range(0, genes, width):
         s, u = (x[:, first : first + width] for x in (ms, mu))
-        kept = s.shape[1]
-        s, u = (np.pad(x, ((0, 0), (0, width - kept)), mode="edge") for x in (s, u))
+        s, u = (np.pad(x, ((0, 0), (0, width - x.shape[1])), mode="edge") for x in (s, u))
         start = starting_point(u, s)
-        single = [jnp.asarray(x, jnp.float32) for x in start[3:10]]
-        cells = Cells(jnp.asarray(u), jnp.asarray(s), jnp.asarray(start.weight), *single[:2], mean)
-        fitted = fit_genes(cells, Rates(*single[2:]), jnp.asarray(start.upper))
-        parts.append(jax.tree.map(lambda x: np.asarray(x)[..., :kept], (start, fitted)))
-    joined: tuple[Start, Fitted] = jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
+        std_u, std_s, *rates = (jnp.asarray(x, jnp.float32) for x in start[3:10])
+        cells = Cells(jnp.asarray(u), jnp.asarray(s), jnp.asarray(start.weight), std_u, std_s, mean)
+        parts.append((start, fit_genes(cells, Rates(*rates), jnp.asarray(start.upper))))
+    joined: tuple[Start, Fitted] = jax.tree.map(
+        lambda *x: np.concatenate([np.asarray(a) for a in x], -1)[..., :genes], *parts
+    )
     return joined
 
 
@@ -154,22 +154,21 @@ def _aligned(columns: np.ndarray, start: Start, fitted: Fitted, mean: Any) -> Dy
     longest = longest / np.where(moving > 0, moving, 1)
     m = _LONGEST / np.where(longest > 0, longest, 1)
     rates = Rates(r.alpha / m, r.beta / m, r.gamma / m, r.scaling, r.switch * m)
-    return DynamicsFit(
-        columns.astype(np.int32),
-        rates,
-        t * m,
-        *(tau * m for tau in fitted.tau),
-        start.std_u,
-        start.std_s,
-        fitted.likelihood,
-        fitted.variance,
-        m,
-        start.pval_steady,
-        start.steady_u * start.scaling,
-        start.steady_s,
-        fitted.losses,
-        np.zeros(0),
-    )
+    found: dict[str, Any] = {
+        "columns": columns.astype(np.int32),
+        "rates": rates,
+        "t": t * m,
+        "tau": fitted.tau[0] * m,
+        "tau_off": fitted.tau[1] * m,
+        "likelihood": fitted.likelihood,
+        "variance": fitted.variance,
+        "losses": fitted.losses,
+        "alignment": m,
+        "steady_u": start.steady_u * start.scaling,
+        "r2": np.zeros(0),
+        **{name: getattr(start, name) for name in ("std_u", "std_s", "pval_steady", "steady_s")},
+    }
+    return DynamicsFit(**found)
 
 
 def _velocities(s: Array, u: Array, tau: Array, tau_off: Array, std: Any, r: Rates, mean: Any) -> tuple[Array, Array]:

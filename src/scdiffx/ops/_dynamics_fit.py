@@ -23,7 +23,7 @@ _UNROLL = 4
 
 
 class Cells(NamedTuple):
-    """The counts of a block of genes (cells, genes), weights of the cells in the loss, spreads, and the neighbours' mean."""
+    """Counts of a block of genes (cells, genes), weights of the cells in the loss, spreads, the neighbours' mean."""
 
     u: Float[Array, "cells genes"]
     s: Float[Array, "cells genes"]
@@ -218,7 +218,7 @@ class Fit:
         return _evaluate(self.cells, rates, self.ratio, self.project)
 
     def update(self, rates: Rates) -> None:
-        """Take the rates for the genes where they lower the loss; then end transcription sooner where it does no harm."""
+        """Take the rates for the genes where they lower the loss; then end transcription sooner where that fits."""
         same = rates is self.present.rates
         self._take(self.present if same else self.evaluate(rates), adjust=True)
 
@@ -240,7 +240,7 @@ class Fit:
         self._take(self.present, adjust=False)
 
     def simplex(self, names: tuple[str, ...], tolerance: float = 1e-4, refit_time: bool = True) -> None:
-        """One step of the simplex algorithm of Nelder and Mead in the rates of these names, as in SciPy; then update."""
+        """One step of Nelder and Mead's simplex in the rates of these names, as in SciPy; then update."""
         rates, t, count = self.state.rates, self.state.t, jnp.maximum(self.cells.weight.sum(0), 1)
 
         def mse(x: Array) -> Array:

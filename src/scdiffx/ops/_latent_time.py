@@ -16,7 +16,7 @@ from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, operator, replace, static
 from scdiffx._core.graph import Graph
 from scdiffx.ops._diffusion import STATIONARY
-from scdiffx.ops._moments import neighbour_mean
+from scdiffx.ops._moments import averaged, neighbour_mean
 
 __all__ = ["LatentTime", "LatentTimeResult", "Terminal", "terminal_states"]
 
@@ -49,7 +49,7 @@ def _scaled(x: Any) -> Any:
 
 
 def _stationary(transitions: sp.csr_matrix, start: np.ndarray) -> np.ndarray:
-    """The sizes of the left eigenvectors whose eigenvalue is 1, between their 2nd and 98th percentiles (cells, states)."""
+    """Sizes of the left eigenvectors of eigenvalue 1, between their 2nd and 98th percentiles (cells, states)."""
     n = transitions.shape[0]
     if n <= _N_EIGENVALUES + 2:
         values, vectors = np.linalg.eig(transitions.T.toarray())
@@ -125,6 +125,7 @@ class LatentTime:
 
     roots: Int[Array, " roots"] | None = buffer(default=None, structure=True)
     columns: Int[Array, " likely"] | None = buffer(default=None, structure=True)
+    mean: tuple[Graph, Array] | None = buffer(default=None, structure=True)
     terminal: Terminal | None = buffer(default=None, structure=True)
     min_likelihood: float = static(default=0.1)
     min_confidence: float = static(default=0.75)
@@ -132,13 +133,15 @@ class LatentTime:
     def init(
         self,
         t: Array,
-        likelihood: Array | None,
-        cosines: Directed,
-        graph: Graph,
-        distances: Graph,
+        likelihood: Array | None = None,
+        cosines: Directed | None = None,
+        graph: Graph | None = None,
+        distances: Graph | None = None,
         root: Array | None = None,
         key: Array | None = None,
     ) -> LatentTime:
+        if cosines is None or graph is None or distances is None:
+            raise ValueError("LatentTime needs the velocity graph, and connectivities and distances of the neighbours")
         times = np.asarray(t, np.float64)
         genes = np.isfinite(times.sum(0))
         if likelihood is not None:
@@ -150,36 +153,34 @@ class LatentTime:
         order = np.argsort(times[:, genes].sum(1), kind="stable")
         certain = order[roots[order] > 1 - 1e-3]
         chosen = (certain if len(certain) else order)[:_N_ROOTS] if len(certain) else order[:1]
-        kernel, own = neighbour_mean(graph)
-        end = int(np.argmax(kernel.to_scipy() @ ends + np.asarray(own) * ends))
+        mean = neighbour_mean(graph)
+        end = int(np.argmax(mean[0].to_scipy() @ ends + np.asarray(mean[1]) * ends))
         pseudotime = _pseudotime(cosines, int(chosen[0]), end, _start(cosines.n_cells))
         terminal = Terminal(*(jnp.asarray(x, t.dtype) for x in (roots, ends, pseudotime)))
-        return replace(
-            self, roots=jnp.asarray(chosen, jnp.int32), columns=jnp.asarray(np.flatnonzero(genes)), terminal=terminal
-        )
+        columns = jnp.asarray(np.flatnonzero(genes), jnp.int32)
+        return replace(self, roots=jnp.asarray(chosen, jnp.int32), columns=columns, mean=mean, terminal=terminal)
 
     def __call__(
         self,
         t: Float[Array, "cells genes"],
-        likelihood: Float[Array, " genes"] | None,
-        cosines: Directed,
-        graph: Graph,
-        distances: Graph,
+        likelihood: Float[Array, " genes"] | None = None,
+        cosines: Directed | None = None,
+        graph: Graph | None = None,
+        distances: Graph | None = None,
         root: Float[Array, " cells"] | None = None,
     ) -> LatentTimeResult:
-        if self.roots is None or self.columns is None or self.terminal is None:
+        if self.roots is None or self.columns is None or self.mean is None or self.terminal is None:
             raise ValueError("LatentTime needs its roots: call `op = op.init(...)` first")
         shared, t = [], t[:, self.columns]
         for at in self.roots:
             t = _from_root(t, at)
             shared.append(_shared(t))
         time = _scaled(jnp.stack(shared).mean(0))
-        kernel, own = neighbour_mean(graph)
-        around = kernel @ time + own * time
+        around = averaged(self.mean, time[:, None])[:, 0]
         level = (time @ around) / (around @ around)
         confident = jax.lax.stop_gradient((1 - jnp.abs(time - around * level) / time.max()) ** 2) >= self.min_confidence
         kept = jnp.where(confident, time, 0)
-        return LatentTimeResult(_scaled(kernel @ kept + own * kept), self.terminal)
+        return LatentTimeResult(_scaled(averaged(self.mean, kept[:, None])[:, 0]), self.terminal)
 
 
 def _from_root(t: Array, root: Array) -> Array:

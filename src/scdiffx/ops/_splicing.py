@@ -1,4 +1,4 @@
-"""The kinetics of splicing: transcription at a rate, splicing and degradation, and times at which counts are reached."""
+"""The kinetics of splicing: transcription, splicing and degradation, and the times at which counts are reached."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def velocity(
     mode
         "deterministic": the ratio of unspliced to spliced counts in the steady state, from a regression on the extreme
         cells of each gene (La Manno 2018). "stochastic": the same ratio by generalised least squares over first and
-        second moments. "dynamical": the full kinetics of each gene, which is switched on and off, with rates, the time of
-        the switch and the times of the cells by expectation-maximisation; scVelo's `recover_dynamics` is part of it.
+        second moments. "dynamical": the full kinetics of each gene, which is switched on and off: rates, the time of
+        the switch and times of the cells by expectation-maximisation, scVelo's `recover_dynamics` (Bergen 2020).
     perc
         Percentile beyond which cells are extreme, or a pair of which the upper one counts; default ``[5, 95]``.
     min_r2, min_ratio
@@ -139,9 +139,8 @@ def velocity(
     spliced, unspliced, graph = X("spliced", counts=True), X("unspliced", counts=True), Connectivities(neighbors_key)
     if stochastic or not present:
         check_layers(plan)
-    if mode != "deterministic" or not present:
-        if not plan.has(graph):
-            raise ValueError(f"Did not find `.uns[{neighbors_key!r}]`. Run `sc.pp.neighbors` first.")
+    if (mode != "deterministic" or not present) and not plan.has(graph):
+        raise ValueError(f"Did not find `.uns[{neighbors_key!r}]`. Run `sc.pp.neighbors` first.")
     counted = Var("highly_variable")
     raw = (spliced, unspliced, graph) if stochastic else (None, None, None)
     mask = counted if use_highly_variable and plan.has(counted) else None

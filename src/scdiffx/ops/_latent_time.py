@@ -36,7 +36,7 @@ class Terminal(NamedTuple):
 
 
 class LatentTimeResult(NamedTuple):
-    """`latent_time` (cells,) in [0, 1], and what `init` found of roots and ends."""
+    """`latent_time` (cells,) in [0, t_max], and what `init` found of roots and ends."""
 
     latent_time: Float[Array, " cells"]
     terminal: Terminal
@@ -120,7 +120,8 @@ class LatentTime:
     Times of the genes are counted from a root cell, and a low percentile over the genes is what they share; the two
     percentiles that spread the cells most evenly are taken, for up to four roots. Cells far off the mean of their
     neighbours, whose confidence is below `min_confidence`, take that mean's time. `init` finds roots and ends of the
-    velocity graph; with `root` its cells are the roots. The time is differentiable in the times of the genes.
+    velocity graph; with `root` its cells are the roots. The longest time is `t_max`.
+    The time is differentiable in the times of the genes.
     """
 
     roots: Int[Array, " roots"] | None = buffer(default=None, structure=True)
@@ -129,6 +130,7 @@ class LatentTime:
     terminal: Terminal | None = buffer(default=None, structure=True)
     min_likelihood: float = static(default=0.1)
     min_confidence: float = static(default=0.75)
+    t_max: float = static(default=1.0)
 
     def init(
         self,
@@ -180,7 +182,7 @@ class LatentTime:
         level = (time @ around) / (around @ around)
         confident = jax.lax.stop_gradient((1 - jnp.abs(time - around * level) / time.max()) ** 2) >= self.min_confidence
         kept = jnp.where(confident, time, 0)
-        return LatentTimeResult(_scaled(averaged(self.mean, kept[:, None])[:, 0]), self.terminal)
+        return LatentTimeResult(self.t_max * _scaled(averaged(self.mean, kept[:, None])[:, 0]), self.terminal)
 
 
 def _from_root(t: Array, root: Array) -> Array:

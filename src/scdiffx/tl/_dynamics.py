@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,8 +24,10 @@ def dynamics_step(op: ops.Dynamics, vkey: str, reads: tuple[Slot | None, ...], n
 
     def full(of: _Of) -> _Of:
         def extract(op: Any, result: Any) -> Any:
-            part = jnp.asarray(of(op, result))
-            return jnp.full((*part.shape[:-1], n_vars), jnp.nan, part.dtype).at[..., op.fit.columns].set(part)
+            # Results of a computation in float64 are taken from it outside of its scope.
+            with jax.enable_x64(True) if op.fit.t.dtype == np.float64 else contextlib.nullcontext():
+                part = jnp.asarray(of(op, result))
+                return jnp.full((*part.shape[:-1], n_vars), jnp.nan, part.dtype).at[..., op.fit.columns].set(part)
 
         return extract
 

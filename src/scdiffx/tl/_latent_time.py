@@ -92,10 +92,13 @@ def latent_time(
         raise KeyError(f"{graph.key!r} is not in `adata.uns`. Available: {available(data.uns)}; {hint}")
     if root_key is not None and not plan.has(Obs(root_key)):
         raise KeyError(f"root_key={root_key!r} is not in `adata.obs`. Available: {available(data.obs)}")
-    largest = 1.0 if t_max is None else float(t_max)
     step = Step(
         "latent_time",
-        ops.LatentTime(min_likelihood=float(min_likelihood), min_confidence=float(min_confidence)),
+        ops.LatentTime(
+            min_likelihood=float(min_likelihood),
+            min_confidence=float(min_confidence),
+            t_max=1.0 if t_max is None else float(t_max),
+        ),
         reads=(
             *_likely(plan, float(min_likelihood)),
             graph,
@@ -104,7 +107,7 @@ def latent_time(
             None if root_key is None else Obs(root_key),
         ),
         writes=(
-            Write(Obs("latent_time"), lambda op, result: result.latent_time * largest, np.float64),
+            Write(Obs("latent_time"), lambda op, result: result.latent_time, np.float64),
             Write(Obs(f"{vkey}_pseudotime"), lambda op, result: result.terminal.pseudotime, np.float64),
             Write(Obs("root_cells"), lambda op, result: result.terminal.root_cells, np.float64),
             Write(Obs("end_points"), lambda op, result: result.terminal.end_points, np.float64),

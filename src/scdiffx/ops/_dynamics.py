@@ -16,7 +16,7 @@ from scdiffx.ops._dynamics_fit import Cells, Fitted, fit_genes
 from scdiffx.ops._dynamics_start import Start, starting_point
 from scdiffx.ops._moments import averaged, by_genes, neighbour_mean
 from scdiffx.ops._splicing import Rates, at_time, solution
-from scdiffx.ops._steady_state import SteadyState
+from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 
 __all__ = ["Dynamics", "DynamicsFit", "DynamicsResult"]
 
@@ -79,7 +79,7 @@ class Dynamics:
 
     def init(self, ms: Array, mu: Array, graph: Graph, mask: Array | None = None, key: Array | None = None) -> Dynamics:
         ratio = SteadyState(adjusted=True, percentile=self.percentile, least=self.least[1:]).init(ms, mu)
-        steady = jax.jit(lambda op, *a: op(*a))(ratio, ms, mu, None, None, None, mask)
+        steady = _called(ratio, ms, mu, mask)
         columns = np.flatnonzero(np.asarray(steady.genes)) if self.columns is None else np.asarray(self.columns)
         mean = jax.tree.map(_single, neighbour_mean(graph))
         counts = np.asarray(ms, np.float32)[:, columns], np.asarray(mu, np.float32)[:, columns]
@@ -124,6 +124,11 @@ class Dynamics:
         return jnp.zeros_like(f.r2).at[f.columns].set(good.astype(f.r2.dtype))
 
 
+@jax.jit
+def _called(op: SteadyState, ms: Array, mu: Array, mask: Array | None) -> SteadyStateResult:
+    return op(ms, mu, mask=mask)
+
+
 def _single(x: Any) -> Any:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -131,7 +136,8 @@ def _single(x: Any) -> Any:
 def _fit_in_blocks(ms: np.ndarray, mu: np.ndarray, mean: Any) -> tuple[Start, Fitted]:
     """Start and fit of all genes; blocks are of one width, so that they share compiled code."""
     n, genes = ms.shape
-    width = min(max(_BLOCK // max(n, 1), 32), -(-genes // 32) * 32)
+    blocks = -(-genes // max(_BLOCK // max(n, 1), 32))
+    width = -(-genes // (blocks * 16)) * 16
     parts = []
     for first in range(0, genes, width):
         s, u = (x[:, first : first + width] for x in (ms, mu))

@@ -180,6 +180,11 @@ def _evaluate(c: Cells, r: Rates, ratio: Array, project: bool) -> State:
     return State(r, t, on, _loss(c, r, t, ratio))
 
 
+@partial(jax.jit, static_argnames="names")
+def _replaced(rates: Rates, values: Array, names: tuple[str, ...]) -> Rates:
+    return rates._replace(**dict(zip(names, values, strict=True)))
+
+
 @jax.jit
 def _where(condition: Array, a: State, b: State) -> State:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
@@ -209,6 +214,7 @@ class Fit:
     def __init__(self, cells: Cells, rates: Rates) -> None:
         self.cells = cells
         self.ratio = jnp.full_like(rates.alpha, jnp.nan)
+        self.share = 1 / jnp.maximum(cells.weight.sum(0), 1)
         self.project = False
         # What is kept, and the same rates with the times that they are assigned now.
         self.state = self.present = self.evaluate(rates)
@@ -241,14 +247,15 @@ class Fit:
 
     def simplex(self, names: tuple[str, ...], tolerance: float = 1e-4, refit_time: bool = True) -> None:
         """One step of Nelder and Mead's simplex in the rates of these names, as in SciPy; then update."""
-        rates, t, count = self.state.rates, self.state.t, jnp.maximum(self.cells.weight.sum(0), 1)
+        rates, t = self.state.rates, self.state.t
 
         def mse(x: Array) -> Array:
-            at = rates._replace(**dict(zip(names, x, strict=True)))
-            return (self.evaluate(at).loss if refit_time else _loss(self.cells, at, t, self.ratio)) / count
+            at = _replaced(rates, x, names)
+            loss = self.evaluate(at).loss if refit_time else _loss(self.cells, at, t, self.ratio)
+            return loss * self.share
 
         best = nelder_mead_step(mse, jnp.stack([getattr(rates, name) for name in names]), tolerance)
-        self.update(rates._replace(**dict(zip(names, best, strict=True))))
+        self.update(_replaced(rates, best, names))
         self.losses.append(self.state.loss)
 
     def scan(self, name: str, sight: float, points: int) -> None:
@@ -270,16 +277,14 @@ class Simplex(NamedTuple):
 
 
 @jax.jit
-def _corners(x: Array) -> Array:
-    n = x.shape[0]
-    moved = [x.at[k].set(jnp.where(x[k] != 0, 1.05 * x[k], 0.00025)) for k in range(n)]
-    return jnp.stack([x, *moved])
+def _corners(x: Array) -> list[Array]:
+    return [x, *(x.at[k].set(jnp.where(x[k] != 0, 1.05 * x[k], 0.00025)) for k in range(x.shape[0]))]
 
 
 @jax.jit
-def _sorted(corner: Array, values: list[Array], tolerance: float) -> tuple[Simplex, Array]:
+def _sorted(corners: list[Array], values: list[Array], tolerance: float) -> tuple[Simplex, Array]:
     """The simplex, and its worst corner reflected in the centre of the others."""
-    value = jnp.stack(values)
+    corner, value = jnp.stack(corners), jnp.stack(values)
     order = jnp.argsort(value, axis=0, stable=True)
     corner = jnp.take_along_axis(corner, order[:, None], 0)
     value = jnp.take_along_axis(value, order, 0)
@@ -325,13 +330,13 @@ def _better(x: Array, value: Array, other: Array, at_other: Array, where: Array)
 
 def nelder_mead_step(f: Callable[[Array], Array], x: Float[Array, "n genes"], tolerance: float) -> Array:
     """The best corner (n, genes) after one step of the simplex around `x`, for all genes at once."""
-    corner = _corners(x)
-    simplex, reflected = _sorted(corner, [f(at) for at in corner], tolerance)
+    corners = _corners(x)
+    simplex, reflected = _sorted(corners, [f(at) for at in corners], tolerance)
     at_reflected = f(reflected)
     second = _second(simplex, at_reflected)
     best, value, shrink = _moved(simplex, reflected, at_reflected, second, f(second))
     if bool(shrink.any()):
-        for k in range(1, len(corner)):
+        for k in range(1, len(corners)):
             other = _shrunk(simplex, k)
             best, value = _better(best, value, other, f(other), shrink)
     return best

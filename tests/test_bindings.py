@@ -437,6 +437,7 @@ CASES = [
             "spliced",
             velocity_keys(mode == "stochastic"),
             {"mode": mode, "min_r2": -9.0},
+            slow=mode == "stochastic",
         )
         for mode in ("deterministic", "stochastic")
     ),

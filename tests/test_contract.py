@@ -325,6 +325,7 @@ CASES = [
             lambda r: (r.cosines.row_sums(), r.cosines.row_sums(r.cosines.values**2), r.self_transition),
             budget=150,
             start=lambda d: (d.coordinates, d.coordinates, None, d.graph),
+            slow=name == "plain",
         )
         for name, settings in (
             ("plain", {"n_neighbors": 6}),

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Array, Float, Int
 
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
@@ -155,11 +154,9 @@ def _fit_in_blocks(ms: np.ndarray, mu: np.ndarray, mean: Any) -> tuple[Start, Fi
 def _aligned(columns: np.ndarray, start: Start, fitted: Fitted, mean: Any) -> DynamicsFit:
     """The fit with times of all genes stretched to the same total, and averaged over neighbours."""
     r = fitted.rates
-    # Weights in single and sums in double precision, as in scVelo: whether a mean of equal times is that time decides.
-    kernel, own = mean[0].to_scipy(), np.asarray(mean[1])
-    t = sp.csr_matrix(kernel + sp.diags(own)).astype(np.float32) @ np.asarray(fitted.t, np.float64)
+    t = np.asarray(averaged(mean, jnp.asarray(fitted.t)), np.float64)
     longest = np.where(t < r.switch, t, 0).max(0) + np.where(t > r.switch, t - r.switch, 0).max(0)
-    moving = 1 - ((t == r.switch) | (t == 0)).mean(0)
+    moving = 1 - (t == 0).mean(0)
     longest = longest / np.where(moving > 0, moving, 1)
     m = _LONGEST / np.where(longest > 0, longest, 1)
     rates = Rates(r.alpha / m, r.beta / m, r.gamma / m, r.scaling, r.switch * m)

@@ -40,7 +40,7 @@ def velocity_stream(
     adata
         Annotated data after `sd.tl.velocity_embedding`.
     basis
-        Name of the embedding without "X_"; by default the first of "umap", "tsne" and "pca" that has velocities.
+        Name of the embedding without ``"X_"``; by default the first of "umap", "tsne" and "pca" that has velocities.
     vkey
         Name of the velocities.
     color

@@ -37,7 +37,7 @@ def velocity_embedding(
     adata
         Annotated data (cells x genes) with a velocity graph and an embedding, or a plan.
     basis
-        Name of the embedding without "X_"; by default the last of "pca", "tsne" and "umap" that exists.
+        Name of the embedding without ``"X_"``; by default the last of "pca", "tsne" and "umap" that exists.
     vkey
         Name of the velocities.
     scale

@@ -39,6 +39,7 @@ class Case(NamedTuple):
     keyed: Mapping[str, str] | None = None
     matrix: bool = False
     counts: bool = False
+    slow: bool = False
 
 
 HVG = {"var/highly_variable": "bool", "var/means": "float64", "uns/hvg": "mapping", "uns/hvg/flavor": "str"}
@@ -128,6 +129,8 @@ FATES = {
     "uns/fate/colors": "object",
     "uns/fate/n_unreaching": "int64",
 }
+
+
 def switch_keys(key: str) -> dict[str, str]:
     columns = {"time": "float32", "strength": "float32", "pval": "float64", "qval": "float64"}
     uns = {f"uns/{key}": "mapping", f"uns/{key}/params": "mapping", f"uns/{key}/unconverged": "int"}
@@ -171,6 +174,41 @@ def coupling_keys(key: str, growth: str) -> dict[str, str]:
         f"obs/{growth}": "float32",
         **{f"uns/{key}{part}": "mapping" for part in ("", "/params")},
         **{f"uns/{key}/{name}": dtype for name, dtype in (arrays | rest).items()},
+    }
+
+
+def velocity_keys(variance: bool) -> dict[str, str]:
+    return {
+        **{f"layers/{name}": "float32" for name in ("Ms", "Mu", "velocity")},
+        **({"layers/variance_velocity": "float32"} if variance else {}),
+        "var/velocity_gamma": "float32",
+        "var/velocity_qreg_ratio": "float32",
+        "var/velocity_r2": "float64",
+        "var/velocity_genes": "bool",
+        "uns/velocity_params": "mapping",
+        "uns/velocity_params/mode": "str",
+        "uns/velocity_params/fit_offset": "bool",
+        "uns/velocity_params/perc": "list",
+    }
+
+
+def dynamical_keys() -> dict[str, str]:
+    names = "alpha beta gamma t_ scaling u0 s0 alignment_scaling std_u std_s likelihood pval_steady steady_u steady_s"
+    return {
+        **{f"layers/{name}": "float32" for name in ("Ms", "Mu")},
+        **{f"layers/{name}": "float64" for name in ("velocity", "velocity_u", "fit_t", "fit_tau", "fit_tau_")},
+        **{f"var/fit_{name}": "float64" for name in [*names.split(), "variance", "r2"]},
+        "var/velocity_genes": "bool",
+        "varm/loss": "float64",
+        "uns/velocity_params": "mapping",
+        "uns/velocity_params/mode": "str",
+        "uns/velocity_params/fit_offset": "bool",
+        "uns/velocity_params/perc": "list",
+        "uns/recover_dynamics": "mapping",
+        **{
+            f"uns/recover_dynamics/{name}": "bool"
+            for name in ("fit_connected_states", "fit_basal_transcription", "use_raw")
+        },
     }
 
 
@@ -480,6 +518,52 @@ CASES = [
         {"terminal_states": ["CD19+ B", "CD14+ Monocyte"], "groupby": "cell_type", "time_key": "quality"},
     ),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
+    *(
+        Case(
+            f"velocity_{mode}",
+            "tl.velocity",
+            "spliced",
+            velocity_keys(mode == "stochastic"),
+            {"mode": mode, "min_r2": -9.0},
+            slow=mode == "stochastic",
+        )
+        for mode in ("deterministic", "stochastic")
+    ),
+    Case(
+        "velocity_dynamical",
+        "tl.velocity",
+        "spliced",
+        dynamical_keys(),
+        {"mode": "dynamical", "min_r2": -9.0},
+        slow=True,
+    ),
+    Case(
+        "latent_time",
+        "tl.latent_time",
+        "with_times",
+        {f"obs/{name}": "float64" for name in ("latent_time", "velocity_pseudotime", "root_cells", "end_points")},
+        {"min_likelihood": 0.01},
+        slow=True,
+    ),
+    Case(
+        "velocity_graph",
+        "tl.velocity_graph",
+        "moving",
+        {
+            "uns/velocity_graph": "float32",
+            "uns/velocity_graph_neg": "float32",
+            "obs/velocity_self_transition": "float32",
+            "uns/velocity_params/mode_neighbors": "str",
+            "uns/velocity_params/n_recurse_neighbors": "int",
+        },
+    ),
+    Case(
+        "velocity_embedding",
+        "tl.velocity_embedding",
+        "directed",
+        {"obsm/velocity_pca": "float64", "uns/velocity_params/embeddings": "list"},
+        {"basis": "pca"},
+    ),
 ]
 FUNCTIONS = sorted({case.function for case in CASES})
 OF_MATRIX = [case for case in CASES if case.matrix]
@@ -487,7 +571,8 @@ OF_GRAPH = [case for case in CASES if case.source in ("graph", "rooted")]
 
 
 def each(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    marked = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
 def function_named(name: str) -> Callable[..., Any]:
@@ -510,11 +595,27 @@ def _source(name: str) -> ad.AnnData:
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
         "coupled": ("timed", lambda a: sd.tl.ot_trajectory(a, "day")),
+        "spliced": ("graph", with_unspliced),
+        "moving": ("spliced", lambda a: sd.tl.velocity(a, mode="deterministic", min_r2=-9.0)),
+        "directed": ("moving", sd.tl.velocity_graph),
+        "with_times": ("spliced", timed),
         "rooted": ("graph", lambda a: a.uns.update(iroot=3)),
     }[name]
     adata = source(earlier)
     step(adata)
     return adata
+
+
+def with_unspliced(adata: ad.AnnData) -> None:
+    """Layers of spliced counts, and of unspliced ones that lag behind in some cells."""
+    adata.layers["spliced"] = adata.X.copy()
+    lag = sp.diags(np.linspace(0.2, 0.6, CELLS)).astype(np.float32)
+    adata.layers["unspliced"] = sp.csr_matrix(lag @ adata.X, dtype=np.float32)
+
+
+def timed(adata: ad.AnnData) -> None:
+    sd.tl.velocity(adata, mode="dynamical", min_r2=-9.0)
+    sd.tl.velocity_graph(adata)
 
 
 def source(name: str) -> ad.AnnData:
@@ -600,8 +701,9 @@ def test_copy_leaves_the_original_alone(case: Case) -> None:
 def test_a_view_becomes_actual_and_its_parent_stays(case: Case) -> None:
     parent = source(case.source)
     before = contents(parent)
-    # Couplings are between all cells that there were.
-    view = parent[:, np.arange(GENES) != 2] if case.source == "coupled" else parent[np.arange(CELLS) != 2]
+    # Couplings and velocity graphs are between all cells that there were.
+    of_all = case.source in ("coupled", "directed", "with_times")
+    view = parent[:, np.arange(GENES) != 2] if of_all else parent[np.arange(CELLS) != 2]
     alone = view.copy()
     with pytest.warns(UserWarning, match="view") as caught:
         function_named(case.function)(view, **case.kwargs)
@@ -969,6 +1071,19 @@ REFUSED = [
     ("fate_probabilities", {"transition_key": "connectivities"}, ValueError, r"\['time_key'\] have no meaning"),
     ("fate_probabilities", {"terminal_states": None, "threshold_scheme": None}, ValueError, "gather nowhere"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
+    ("velocity_deterministic", {"var_names": ["HES4"]}, ValueError, "var_names has no meaning"),
+    ("velocity_deterministic", {"mode": "dynamical", "var_names": ["absent"]}, KeyError, "'absent'"),
+    ("velocity_graph", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
+    ("velocity_graph", {"n_recurse_neighbors": 0}, ValueError, "n_recurse_neighbors=0"),
+    ("velocity_graph", {"vkey": "absent"}, KeyError, r"'absent'.*'velocity'.*run `sd.tl.velocity` first"),
+    ("velocity_graph", {"xkey": "absent"}, KeyError, r"'absent'.*'Ms'"),
+    ("velocity_graph", {"neighbors_key": "absent"}, ValueError, "Run `sc.pp.neighbors` first"),
+    ("velocity_embedding", {"scale": 0}, ValueError, "scale=0"),
+    ("velocity_embedding", {"basis": "tsne"}, KeyError, r"basis='tsne'.*'X_pca'"),
+    ("velocity_embedding", {"vkey": "absent"}, KeyError, "'absent_graph'.*run `sd.tl.velocity_graph` first"),
+    ("velocity_deterministic", {"mode": "best"}, ValueError, r"mode='best'.*'stochastic'"),
+    ("velocity_deterministic", {"perc": [5, 101]}, ValueError, r"perc=\[5, 101\]"),
+    ("velocity_stochastic", {"neighbors_key": "absent"}, ValueError, r"'absent'.*Run `sc.pp.neighbors` first"),
 ]
 
 

@@ -30,7 +30,7 @@ from helpers import (
     tree_vdot,
 )
 from scdiffx import ops
-from scdiffx._core.counts import matmul
+from scdiffx._core.counts import map_rows, matmul
 from scdiffx._core.fields import fields_of_kind, learnables, replace
 
 CELLS, GENES, DIMS = 300, 220, 10
@@ -69,6 +69,7 @@ class Case(NamedTuple):
     equivariant: bool = True
     # What `init` reads, where that is not what the call reads.
     start: Callable[[Data], tuple[Any, ...]] | None = None
+    slow: bool = False
 
 
 def of_matrix(x: ops.Counts) -> jax.Array:
@@ -81,6 +82,21 @@ def two_fates(d: Data) -> jax.Array:
     """The cells at both ends of the second coordinate."""
     low, high = jnp.quantile(d.coordinates[:, 1], jnp.asarray([0.25, 0.75]))
     return jnp.where(d.coordinates[:, 1] < low, 0, jnp.where(d.coordinates[:, 1] > high, 1, -1)).astype(jnp.int32)
+
+
+def unspliced_too(d: Data) -> tuple[jax.Array, jax.Array]:
+    """Two dense matrices of genes that depend on each other."""
+    spliced = map_rows(d.log, lambda block: block)
+    return spliced, 0.3 * spliced + map_rows(d.counts, jnp.sqrt)
+
+
+def cosines_of(d: Data) -> ops.Directed:
+    """Numbers between -1 and 1 on the edges of the graph."""
+    matrix = d.graph.to_scipy()
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    z = np.asarray(d.coordinates) / 8
+    matrix.data = np.tanh(z[rows, 0] - z[matrix.indices, 1])
+    return ops.Directed.from_scipy(matrix)
 
 
 def of_neighbors(result: ops.NeighborsResult) -> Any:
@@ -301,6 +317,65 @@ CASES = [
         budget=150,
     ),
     Case(
+        "moments",
+        lambda: ops.Moments(power=0.4),
+        lambda d: (d.coordinates, d.coordinates**2, d.graph),
+        tuple,
+        budget=150,
+        learns=("power",),
+    ),
+    Case(
+        "steady_state",
+        lambda: ops.SteadyState(stochastic=True, power=0.4),
+        lambda d: (*unspliced_too(d), d.log, d.log, d.graph),
+        lambda r: (r.velocity, r.variance, r.gamma, r.ratio, r.r2),
+        # Inputs, results, their derivatives and copies of these in blocks of genes: all are dense.
+        budget=7_000,
+        learns=("change", "power"),
+        slow=True,
+    ),
+    Case(
+        "dynamics",
+        lambda: ops.Dynamics(power=0.4, columns=tuple(range(DIMS))),
+        lambda d: (d.coordinates**2 + 1, 0.3 * d.coordinates[:, ::-1] ** 2 + d.coordinates**2, d.graph),
+        lambda r: (r.velocity, r.velocity_u),
+        budget=300,
+        learns=("change", "power"),
+        slow=True,
+    ),
+    Case(
+        "latent_time",
+        lambda: ops.LatentTime(),
+        lambda d: (jnp.abs(d.coordinates) + 0.1,),
+        lambda r: r.latent_time,
+        budget=150,
+        start=lambda d: (jnp.abs(d.coordinates) + 0.1, None, cosines_of(d), d.graph, d.graph),
+    ),
+    *(
+        Case(
+            f"velocity_graph_{name}",
+            functools.partial(ops.VelocityGraph, **settings),
+            lambda d: (d.coordinates, jnp.roll(d.coordinates, 1, axis=1), d.gene_weights[:DIMS]),
+            lambda r: (r.cosines.row_sums(), r.cosines.row_sums(r.cosines.values**2), r.self_transition),
+            budget=150,
+            start=lambda d: (d.coordinates, d.coordinates, None, d.graph),
+            slow=name == "plain",
+        )
+        for name, settings in (
+            ("plain", {"n_neighbors": 6}),
+            # The root of a difference near 0 has no derivative: few differences.
+            ("roots", {"sqrt_transform": True, "n_neighbors": 2, "n_recurse_neighbors": 1}),
+        )
+    ),
+    Case(
+        "velocity_embedding",
+        lambda: ops.VelocityEmbedding(scale=4.0),
+        lambda d: (cosines_of(d), d.coordinates[:, :3]),
+        lambda r: r,
+        budget=150,
+        learns=("scale",),
+    ),
+    Case(
         "diffusion_map",
         lambda: ops.DiffusionMap(n_comps=8),
         lambda d: (d.graph,),
@@ -338,7 +413,8 @@ in_double = pytest.mark.usefixtures("x64")
 
 
 def each(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    marked = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 import scdiffx as sd
@@ -548,3 +549,60 @@ def test_attribution_draws_the_largest_of_each_group() -> None:
 def test_attribution_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         sd.pl.attribution(attributed(), **({"target": "time"} | settings), show=False)
+
+
+def moving_cells(n_obs: int = 500) -> ad.AnnData:
+    """Cells that turn around the centre of a ring."""
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, n_obs)
+    ring = np.column_stack([np.cos(angle), np.sin(angle)])
+    adata = ad.AnnData(np.zeros((n_obs, 3), np.float32))
+    adata.obs["angle"] = angle
+    adata.obs["side"] = pd.Categorical(np.where(angle < np.pi, "upper", "lower"))
+    adata.obsm["X_umap"] = ring * rng.uniform(0.9, 1.1, (n_obs, 1))
+    adata.obsm["velocity_umap"] = ring[:, ::-1] * [-1, 1]
+    return adata
+
+
+def test_streamlines_follow_the_velocities_where_there_are_cells() -> None:
+    adata = moving_cells()
+    ax = sd.pl.velocity_stream(adata, color="side", show=False)
+    lines = next(c for c in ax.collections if isinstance(c, LineCollection))
+    pieces = np.array([p for p in lines.get_segments() if len(p) == 2])
+    middle, step = pieces.mean(1), pieces[:, 1] - pieces[:, 0]
+    along = (middle[:, ::-1] * [-1, 1] * step).sum(1) / np.linalg.norm(middle, axis=1) / np.linalg.norm(step, axis=1)
+    assert np.median(along) > 0.99
+    assert np.percentile(np.linalg.norm(middle, axis=1), 1) > 0.6
+    assert len(pieces) > 100
+    assert {t.get_text() for t in ax.texts} == {"lower", "upper"}
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("UMAP1", "UMAP2")
+    assert pixels(ax.figure)[..., :3].std() > 10
+
+
+def test_stream_colors_by_groups_and_numbers() -> None:
+    adata = moving_cells()
+    adata.uns["side_colors"] = ["#ff0000", "#0000ff"]
+    ax = sd.pl.velocity_stream(adata, color="side", show=False)
+    np.testing.assert_allclose(ax.collections[0].get_facecolor()[0][:3], [1, 0, 0])
+    numbers = sd.pl.velocity_stream(adata, color="angle", show=False)
+    np.testing.assert_allclose(numbers.collections[0].get_array(), adata.obs["angle"])
+    assert numbers.figure.axes[1].get_ylabel() == "angle"
+    plain = sd.pl.velocity_stream(adata, show=False, size=3.0).collections[0]
+    assert plain.get_sizes() == [3.0]
+
+
+def test_stream_names_what_is_missing() -> None:
+    adata = moving_cells()
+    for settings, error, match in (
+        ({"basis": "tsne"}, KeyError, r"basis='tsne'.*'X_umap'.*velocity_embedding"),
+        ({"vkey": "absent"}, KeyError, "'absent_umap'"),
+        ({"color": "absent"}, KeyError, r"color='absent'.*'side'"),
+        ({"density": 0}, ValueError, "density=0"),
+        ({"smooth": -1}, ValueError, "smooth=-1"),
+        ({"cutoff": 100}, ValueError, "cutoff=100"),
+    ):
+        with pytest.raises(error, match=match):
+            sd.pl.velocity_stream(adata, **settings)
+    adata.obsm["velocity_umap"] = np.zeros((adata.n_obs, 2))
+    with pytest.raises(ValueError, match="no velocity that is not 0"):
+        sd.pl.velocity_stream(adata)

@@ -13,11 +13,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx._core.counts import Counts, map_rows, take_columns
+from scdiffx._core.directed import Directed
 from scdiffx._core.graph import Graph
 from scdiffx._log import warn
 
 __all__ = [
     "Connectivities",
+    "Cosines",
     "Decoded",
     "Distances",
     "Genes",
@@ -363,6 +365,36 @@ class Uns(_Ordered):
 
 
 @dataclass(frozen=True)
+class Cosines(_Ordered):
+    """A velocity graph: ``uns[key]`` holds its positive cosines, ``uns[f"{key}_neg"]`` the negative ones."""
+
+    key: str
+
+    def exists(self, adata: Any) -> bool:
+        return self.key in adata.uns
+
+    def read(self, adata: Any) -> Any:
+        matrix = sp.csr_matrix(_lookup(adata.uns, self.key, "uns"))
+        if f"{self.key}_neg" in adata.uns:
+            matrix = sp.csr_matrix(matrix + sp.csr_matrix(adata.uns[f"{self.key}_neg"]))
+        if matrix.shape != (adata.n_obs, adata.n_obs):
+            raise ValueError(f"`adata.uns[{self.key!r}]` is of shape {matrix.shape}, but there are {adata.n_obs} cells")
+        if matrix.nnz and not np.isfinite(matrix.data.sum(dtype=np.float64)):
+            raise ValueError(f"`adata.uns[{self.key!r}]` holds values that are not finite")
+        return Directed.from_scipy(matrix, _as_float(matrix.data[:0]).dtype)
+
+    def host(self, adata: Any, value: Any) -> Any:
+        return value.to_scipy()
+
+    def write(self, adata: Any, value: Any) -> None:
+        for key, low, high in ((self.key, 0, 1), (f"{self.key}_neg", -1, 0)):
+            part = value.copy()
+            part.data = np.clip(part.data, low, high)
+            part.eliminate_zeros()
+            adata.uns[key] = part
+
+
+@dataclass(frozen=True)
 class Given(_Ordered):
     """A value passed by the caller rather than found in the AnnData; read-only."""
 
@@ -442,6 +474,8 @@ class Genes(Part):
 
     of: Any
     index: tuple[int, ...]
+    # Whether the others must be finite too.
+    check_others: bool = True
 
     def take(self, value: Any) -> Any:
         part = take_columns(value, jnp.asarray(self.index, jnp.int32))
@@ -449,8 +483,11 @@ class Genes(Part):
 
     def read(self, adata: Any) -> Any:
         matrix = matrix_of(adata, self.of.layer)
-        check_finite(matrix, adata.obs_names, adata.var_names)
         part = matrix[:, list(self.index)]
+        if self.check_others:
+            check_finite(matrix, adata.obs_names, adata.var_names)
+        else:
+            check_finite(part, adata.obs_names, adata.var_names[list(self.index)])
         return jnp.asarray(_as_float(part.toarray() if sp.issparse(part) else part))
 
 
@@ -467,7 +504,7 @@ def genes_at(adata: Any, names: list[str]) -> tuple[int, ...]:
     return tuple(int(at) for at in index)
 
 
-Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Uns | Part | Given
+Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given
 
 
 def write_all(adata: Any, values: Mapping[Any, Any]) -> None:

@@ -1,6 +1,7 @@
 """Operators: the mathematics without AnnData. Frozen dataclasses, pytrees, pure functions of arrays and graphs."""
 
 from scdiffx._core.counts import Counts
+from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
@@ -9,10 +10,13 @@ from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
+from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
+from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
+from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._ot_trajectory import OTTrajectory, OTTrajectoryResult, OTTransport
@@ -20,9 +24,12 @@ from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
+from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
 from scdiffx.ops._vae import VAE, Training, VAEResult
+from scdiffx.ops._velocity_embedding import VelocityEmbedding
+from scdiffx.ops._velocity_graph import VelocityGraph, VelocityGraphResult
 
 __all__ = [
     "DIFFERENTIABLE_METRICS",
@@ -38,18 +45,26 @@ __all__ = [
     "DifferentialDistributionResult",
     "DiffusionMap",
     "DiffusionMapResult",
+    "Directed",
     "DoubletClassifier",
     "DoubletClassifierResult",
+    "Dynamics",
+    "DynamicsFit",
+    "DynamicsResult",
     "FateProbabilities",
     "FateProbabilitiesResult",
     "Graph",
     "HighlyVariable",
     "HighlyVariableResult",
+    "LatentTime",
+    "LatentTimeResult",
     "Leiden",
     "LeidenResult",
     "Log1p",
     "Magic",
     "MagicResult",
+    "Moments",
+    "MomentsResult",
     "Neighbors",
     "NeighborsResult",
     "NormalizeTotal",
@@ -71,10 +86,15 @@ __all__ = [
     "SimulateResult",
     "Solo",
     "SoloResult",
+    "SteadyState",
+    "SteadyStateResult",
     "SwitchDE",
     "SwitchDEResult",
     "Training",
     "VAEResult",
+    "VelocityEmbedding",
+    "VelocityGraph",
+    "VelocityGraphResult",
     "buffer",
     "learnable",
     "operator",

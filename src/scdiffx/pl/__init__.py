@@ -8,5 +8,16 @@ from scdiffx.pl._fit import fit
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
 from scdiffx.pl._switch_genes import switch_genes
+from scdiffx.pl._velocity_stream import velocity_stream
 
-__all__ = ["ambient", "attribution", "doublets", "fate_probabilities", "fit", "ot_flow", "pseudotime", "switch_genes"]
+__all__ = [
+    "ambient",
+    "attribution",
+    "doublets",
+    "fate_probabilities",
+    "fit",
+    "ot_flow",
+    "pseudotime",
+    "switch_genes",
+    "velocity_stream",
+]

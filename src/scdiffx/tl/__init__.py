@@ -4,6 +4,7 @@ from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._fate_probabilities import fate_probabilities
+from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._ot_trajectory import ot_trajectory
 from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
@@ -11,6 +12,9 @@ from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._switch_de import switch_de
 from scdiffx.tl._uncertainty import uncertainty
+from scdiffx.tl._velocity import velocity
+from scdiffx.tl._velocity_embedding import velocity_embedding
+from scdiffx.tl._velocity_graph import velocity_graph
 
 __all__ = [
     "attribution",
@@ -18,6 +22,7 @@ __all__ = [
     "diffmap",
     "dpt",
     "fate_probabilities",
+    "latent_time",
     "leiden",
     "ot_interpolate",
     "ot_pull",
@@ -27,4 +32,7 @@ __all__ = [
     "simulate",
     "switch_de",
     "uncertainty",
+    "velocity",
+    "velocity_embedding",
+    "velocity_graph",
 ]

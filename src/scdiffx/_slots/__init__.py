@@ -1,0 +1,77 @@
+"""Slots: names of places in an AnnData, and the only code that reads or writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from scdiffx._log import warn
+from scdiffx._slots._derived import Decoded, Genes, Given, Labels, Leading, Part, Single
+from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
+from scdiffx._slots._matrix import (
+    available,
+    categories,
+    check_counts,
+    check_finite,
+    genes_at,
+    is_anndata,
+    matrix_of,
+    preset,
+)
+from scdiffx._slots._places import Obs, Obsm, Uns, Var, Varm, X
+
+__all__ = [
+    "Connectivities",
+    "Cosines",
+    "Decoded",
+    "Distances",
+    "Genes",
+    "Given",
+    "Labels",
+    "Leading",
+    "Obs",
+    "Obsm",
+    "Obsp",
+    "Part",
+    "Single",
+    "Slot",
+    "Uns",
+    "Var",
+    "Varm",
+    "X",
+    "available",
+    "categories",
+    "check_counts",
+    "check_finite",
+    "genes_at",
+    "is_anndata",
+    "matrix_of",
+    "preset",
+    "write_all",
+]
+
+Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given
+
+
+def write_all(adata: Any, values: Mapping[Any, Any]) -> None:
+    """Write host values together. A view becomes an actual AnnData first, as in scanpy; its parent stays as it was."""
+    if adata.is_view:
+        warn("Received a view of an AnnData. Making a copy.")
+        adata._init_as_actual(adata.copy())
+    for slot, value in values.items():
+        slot.write(adata, _writable(value))
+
+
+def _writable(value: Any) -> Any:
+    """The value with arrays that the user may change: those that come from a device are read-only."""
+    if isinstance(value, np.ndarray):
+        return value if value.flags.writeable else value.copy()
+    if sp.issparse(value):
+        for name in ("data", "indices", "indptr"):
+            setattr(value, name, _writable(getattr(value, name)))
+    elif isinstance(value, dict):
+        return {key: _writable(part) for key, part in value.items()}
+    return value

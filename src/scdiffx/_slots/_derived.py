@@ -1,0 +1,111 @@
+"""Parts of other slots, and values that a caller passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+
+from scdiffx._core.counts import Counts, map_rows, take_columns
+from scdiffx._slots._matrix import as_float, check_finite, matrix_of
+from scdiffx._slots._places import Ordered
+
+
+@dataclass(frozen=True)
+class Given(Ordered):
+    """A value passed by the caller rather than found in the AnnData; read-only."""
+
+    value: int | float
+
+    def exists(self, adata: Any) -> bool:
+        return True
+
+    def read(self, adata: Any) -> Any:
+        return jnp.asarray(self.value, jnp.int32 if isinstance(self.value, int) else jnp.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels(Given):
+    """A number for each cell, passed by the caller; read-only."""
+
+    value: Any = field(repr=False)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def read(self, adata: Any) -> Any:
+        return jnp.asarray(self.value, jnp.int32)
+
+
+class Part(Ordered):
+    """A part of another slot, `of`; read-only."""
+
+    of: Any
+
+    def take(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def exists(self, adata: Any) -> bool:
+        return bool(self.of.exists(adata))
+
+    def read(self, adata: Any) -> Any:
+        return self.take(self.of.read(adata))
+
+
+@dataclass(frozen=True)
+class Leading(Part):
+    """The first `n` columns of another slot."""
+
+    of: Any
+    n: int
+
+    def take(self, value: Any) -> Any:
+        if value.shape[1] < self.n:
+            raise ValueError(f"{self.n} dimensions were asked for, but {self.of} has {value.shape[1]}")
+        return value[:, : self.n]
+
+
+@dataclass(frozen=True)
+class Decoded(Part):
+    """Category codes as the numbers that stand for them."""
+
+    of: Any
+    values: tuple[float, ...]
+
+    def take(self, value: Any) -> Any:
+        return jnp.asarray(np.asarray(self.values, np.float32))[value]
+
+
+@dataclass(frozen=True)
+class Single(Part):
+    """Another slot in single precision, where its own is not to decide how a step computes."""
+
+    of: Any
+
+    def take(self, value: Any) -> Any:
+        return value.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Genes(Part):
+    """Some genes of a matrix as a dense array (cells, genes); the others are never made dense."""
+
+    of: Any
+    index: tuple[int, ...]
+    # Whether the others must be finite too.
+    check_others: bool = True
+
+    def take(self, value: Any) -> Any:
+        part = take_columns(value, jnp.asarray(self.index, jnp.int32))
+        return map_rows(part, lambda block: block) if isinstance(part, Counts) else part
+
+    def read(self, adata: Any) -> Any:
+        matrix = matrix_of(adata, self.of.layer)
+        part = matrix[:, list(self.index)]
+        if self.check_others:
+            check_finite(matrix, adata.obs_names, adata.var_names)
+        else:
+            check_finite(part, adata.obs_names, adata.var_names[list(self.index)])
+        return jnp.asarray(as_float(part.toarray() if sp.issparse(part) else part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,14 @@ def _read(name: str) -> ad.AnnData:
     if not path.exists():
         pytest.skip(f"the data set {name} is not at ../shared/data/{name}/{name}.h5ad beside the repository")
     return ad.read_h5ad(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Drop what a file has compiled: a program holds several memory maps, of which Linux allows a process 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,20 @@ class Case(NamedTuple):
     slow: bool = False
 
 
+# Settings of operators that are tested with others too.
+VARIANTS = {
+    "highly_variable_cutoffs",
+    "log1p_base_2",
+    "magic_on_graph",
+    "neighbors_cosine",
+    "neighbors_gauss",
+    "normalize_total_excluding",
+    "scale_uncentred",
+    "vae_zinb",
+    "velocity_graph_plain",
+}
+
+
 def of_matrix(x: ops.Counts) -> jax.Array:
     """Sums over slices of the genes: they see every value and have one row a cell."""
     columns = jnp.arange(x.shape[1])
@@ -359,7 +373,6 @@ CASES = [
             lambda r: (r.cosines.row_sums(), r.cosines.row_sums(r.cosines.values**2), r.self_transition),
             budget=150,
             start=lambda d: (d.coordinates, d.coordinates, None, d.graph),
-            slow=name == "plain",
         )
         for name, settings in (
             ("plain", {"n_neighbors": 6}),
@@ -407,13 +420,15 @@ CASES = [
         equivariant=False,
     ),
 ]
+assert {case.name for case in CASES} >= VARIANTS
 DIFFERENTIABLE = [case for case in CASES if case.differentiable]
 LEARNING = [case for case in CASES if case.learns]
 in_double = pytest.mark.usefixtures("x64")
 
 
 def each(cases: list[Case]) -> Any:
-    marked = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in cases]
+    slow = [case.slow or case.name in VARIANTS for case in cases]
+    marked = [pytest.param(case, marks=pytest.mark.slow) if s else case for case, s in zip(cases, slow, strict=True)]
     return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
@@ -540,6 +555,7 @@ def test_every_learnable_changes_the_output(case: Case) -> None:
         assert max(float(jnp.abs(a - b).max()) for a, b in zip(before, after, strict=True)) > 1e-3, name
 
 
+@pytest.mark.slow
 @in_double
 @each(CASES)
 def test_jit_equals_eager(case: Case) -> None:

@@ -60,6 +60,22 @@ def test_correlations_equal_scipys_in_each_group() -> None:
         np.testing.assert_allclose(table[f"{name}_qval"], stats.false_discovery_control(p), rtol=1e-5)
 
 
+def test_fates_are_known_by_the_names_of_their_states() -> None:
+    adata = logs()
+    plan = ordered(adata)
+    states = {"late": list(adata.obs_names[90:100]), "one": [adata.obs_names[2]]}
+    sd.tl.fate_probabilities(plan, states)
+    sd.tl.attribution(plan, "lineages_fwd", column="late")
+    of_plan = adata.varm.pop("attribution_lineages_fwd_late")
+    with pytest.raises(KeyError, match=r"column='absent'.*'late', 'one'"):
+        sd.tl.attribution(plan, "lineages_fwd", column="absent")
+    plan.apply()
+    sd.tl.attribution(adata, "lineages_fwd", column="late")
+    np.testing.assert_allclose(of_plan, adata.varm["attribution_lineages_fwd_late"], rtol=1e-4, atol=1e-6)
+    with pytest.raises(KeyError, match=r"column='absent'.*'late', 'one'"):
+        sd.tl.attribution(adata, "lineages_fwd", column="absent")
+
+
 def test_cells_with_an_infinite_target_are_left_out() -> None:
     adata = logs()
     adata.obs["time"] = np.random.default_rng(0).normal(size=150)

@@ -170,7 +170,7 @@ class Plan:
         places = (Obs(name), Obsm(name), Var(name), X(name))
         for candidate in places:
             if candidate in outputs:
-                return candidate
+                return outputs[outputs.index(candidate)]
         for place in places:
             if place.exists(self.adata):
                 return place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -111,9 +111,10 @@ class Var(_Column):
 
 @dataclass(frozen=True)
 class _Array(Ordered):
-    """An array along the cells or the genes."""
+    """An array along the cells or the genes; `columns` are names for its columns, where these have any."""
 
     key: str
+    columns: tuple[str, ...] = field(default=(), compare=False, repr=False)
     _where = ""
 
     def _mapping(self, adata: Any) -> Any:

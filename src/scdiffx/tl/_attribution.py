@@ -54,7 +54,7 @@ def attribution(
     target
         Column of `obs`, or key of `obsm`. Cells where it is not finite are left out.
     column
-        Which column of an `obsm` entry: a number, or a name where it is a data frame.
+        Which column of an `obsm` entry: a number, or a name where it is a data frame or holds fates.
     groupby
         Column of `obs`: one ranking for each of its groups. By default one of all cells, called "all".
     groups
@@ -172,7 +172,8 @@ def _target(data: AnnData, target: str, column: int | str | None) -> np.ndarray:
         places = f"obs: {available(data.obs)}, obsm: {available(data.obsm.keys())}"
         raise KeyError(f"target={target!r} is not in the AnnData; {places}")
     values: Any = data.obsm[target]
-    at = _column(target, column, values.shape[1], [str(name) for name in getattr(values, "columns", [])])
+    names = data.uns.get("fate", {}).get("names", []) if target == "lineages_fwd" else getattr(values, "columns", [])
+    at = _column(target, column, values.shape[1], [str(name) for name in names])
     return np.asarray(values, np.float64)[:, at]
 
 
@@ -217,7 +218,7 @@ def _of_plan(
     if y is None:
         value = _target(plan.adata, target, column)
     else:
-        at = None if y.ndim == 1 else _column(target, column, y.shape[1], [])
+        at = None if y.ndim == 1 else _column(target, column, y.shape[1], list(getattr(slot, "columns", ())))
         value = np.asarray(y if at is None else y[:, at], np.float64)
     slopes = None if method == "correlation" else _slopes(program, source, slot, value, at, member, n_probes, seed)
     with jax.enable_x64(True):

@@ -174,7 +174,7 @@ def fate_probabilities(
         ops.FateProbabilities(b=float(b), nu=float(nu), scheme=scheme, frac_to_keep=frac_to_keep, priming=priming),
         reads=(graph, Labels(codes), time),
         writes=(
-            Write(Obsm("lineages_fwd"), lambda op, result: result.probabilities, np.float64),
+            Write(Obsm("lineages_fwd", tuple(names)), lambda op, result: result.probabilities, np.float64),
             Write(Obs("priming_degree_fwd"), lambda op, result: result.priming, np.float64),
         ),
         message="computing fate probabilities",

@@ -609,6 +609,7 @@ def test_memory_grows_with_the_cells_and_not_their_square(case: Case) -> None:
     assert many < 2.5 * few, f"the largest array grows from {few:.3g} to {many:.3g} numbers"
 
 
+@pytest.mark.slow
 @each(CASES)
 def test_memory_at_50000_cells_is_within_budget(case: Case) -> None:
     needed = temp_megabytes(*derivative_at(case, LARGE))

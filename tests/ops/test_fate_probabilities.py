@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import spsolve
 
 import scdiffx as sd
-from helpers import called
+from helpers import QUICK, called
 from scdiffx import ops
 
 STATES = ["CD14+ Monocyte", "CD19+ B", "CD56+ NK"]
@@ -188,6 +188,36 @@ def test_walks_that_are_held_for_long_do_not_spoil_the_result() -> None:
     assert bool(result.converged)
     np.testing.assert_allclose(result.absorbed, 1, atol=1e-6)
     np.testing.assert_allclose(result.probabilities, solved_directly(steps.toarray(), terminal), atol=1e-6)
+
+
+def test_derivatives_in_single_precision_are_those_in_double() -> None:
+    """At the middle of a line hangs a pocket of later cells, out of which walks hardly get: terms of 10^5 cancel."""
+    n, m = 40, 10
+    weights = sp.lil_matrix((n + m, n + m))
+    weights[:n, :n] = sp.diags([np.ones(n - 1), np.ones(n - 1)], [-1, 1])
+    weights[n:, n:] = 1 - np.eye(m)
+    weights[n // 2, n] = weights[n, n // 2] = 0.5
+    when = np.r_[np.abs(np.arange(n) - n // 2) / n, 0.6 + 0.01 * np.arange(m)]
+    terminal = np.full(n + m, -1, np.int32)
+    terminal[[0, n - 1]] = 0, 1
+
+    def gradients(dtype: type) -> list[np.ndarray]:
+        graph, labels = ops.Graph.from_scipy(sp.csr_matrix(weights, dtype=dtype)), jnp.asarray(terminal)
+        op = ops.FateProbabilities().init(graph, labels)
+
+        def total(values: jax.Array, time: jax.Array) -> jax.Array:
+            fates = op(graph.with_values(values), labels, time).probabilities[:, 0]
+            return (fates * jnp.sin(jnp.arange(n + m, dtype=dtype))).sum()
+
+        found = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICK)(graph.values, jnp.asarray(when, dtype))
+        return [np.asarray(g) for g in found]
+
+    single = gradients(np.float32)
+    with jax.enable_x64(True):
+        double = gradients(np.float64)
+    for a, b in zip(single, double, strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.usefixtures("x64")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scdiffx._core.chain import absorption, row_normalized
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, columns_to_slots, rows_to_slots
+from scdiffx._core.precision import in_double
 
 __all__ = ["PRIMINGS", "SCHEMES", "FateProbabilities", "FateProbabilitiesResult"]
 
@@ -99,20 +100,26 @@ class FateProbabilities:
     ) -> FateProbabilitiesResult:
         if self.n_fates is None:
             raise ValueError("FateProbabilities needs the number of fates: call `op = op.init(...)` first")
-        found = absorption(self.transitions(graph, pseudotime), terminal, self.n_fates)
-        defined = found.reaches.any(1)
-        # Rounding leaves tiny negative numbers where the chance is tiny.
-        chance = jnp.where(found.reaches, jnp.maximum(found.probabilities, 0), 0)
-        absorbed = chance.sum(1)
-        share = chance / jnp.where(absorbed > 0, absorbed, 1)[:, None]
-        priming = _priming(share, defined, self.priming)
-        return FateProbabilitiesResult(
-            jnp.where(defined[:, None], share, jnp.nan),
-            jnp.where(defined, priming, jnp.nan),
-            absorbed,
-            found.reaches,
-            found.converged,
-        )
+        # Walks that are held for long make the derivative a sum of huge terms that cancel.
+        return _fates(self, graph, terminal, pseudotime)
+
+
+@in_double
+def _fates(op: FateProbabilities, graph: Graph, terminal: Array, pseudotime: Array | None) -> FateProbabilitiesResult:
+    found = absorption(op.transitions(graph, pseudotime), terminal, op.n_fates)
+    defined = found.reaches.any(1)
+    # Rounding leaves tiny negative numbers where the chance is tiny.
+    chance = jnp.where(found.reaches, jnp.maximum(found.probabilities, 0), 0)
+    absorbed = chance.sum(1)
+    share = chance / jnp.where(absorbed > 0, absorbed, 1)[:, None]
+    priming = _priming(share, defined, op.priming)
+    return FateProbabilitiesResult(
+        jnp.where(defined[:, None], share, jnp.nan),
+        jnp.where(defined, priming, jnp.nan),
+        absorbed,
+        found.reaches,
+        found.converged,
+    )
 
 
 def _closest(graph: Graph, fraction: float) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_standard_errors_cover_an_independent_half_of_the_molecules() -> None:
     [
         ({"target": "absent"}, KeyError, "'absent'"),
         ({"target": "day"}, KeyError, "not written by the plan"),
-        ({"column": None}, KeyError, "column=None of target='X_pca': choose one of its 3"),
+        ({"column": None}, KeyError, "column=None of target='X_pca': it has 3"),
         ({"column": 3}, KeyError, "column=3"),
         ({"method": "delta"}, ValueError, r"method='delta'.*'thinning'"),
         ({"n_replicates": 1}, ValueError, "n_replicates=1"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,7 @@ class _Column(Ordered):
 
     key: str
     codes: bool = False
+    columns: ClassVar[tuple[str, ...]] = ()
     _where = ""
 
     def __eq__(self, other: object) -> bool:

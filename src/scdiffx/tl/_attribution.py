@@ -173,15 +173,16 @@ def _target(data: AnnData, target: str, column: int | str | None) -> np.ndarray:
         raise KeyError(f"target={target!r} is not in the AnnData; {places}")
     values: Any = data.obsm[target]
     names = data.uns.get("fate", {}).get("names", []) if target == "lineages_fwd" else getattr(values, "columns", [])
-    at = _column(target, column, values.shape[1], [str(name) for name in names])
+    at = column_of(target, column, values.shape[1], [str(name) for name in names])
     return np.asarray(values, np.float64)[:, at]
 
 
-def _column(target: str, column: int | str | None, size: int, names: list[str]) -> int:
+def column_of(target: str, column: int | str | None, size: int, names: Sequence[str]) -> int:
+    """Position of a column by number or name."""
     if column is None and size == 1:
         return 0
     if isinstance(column, str) and column in names:
-        return names.index(column)
+        return list(names).index(column)
     if isinstance(column, int) and 0 <= column < size:
         return column
     raise KeyError(
@@ -218,7 +219,7 @@ def _of_plan(
     if y is None:
         value = _target(plan.adata, target, column)
     else:
-        at = None if y.ndim == 1 else _column(target, column, y.shape[1], list(getattr(slot, "columns", ())))
+        at = None if y.ndim == 1 else column_of(target, column, y.shape[1], slot.columns)
         value = np.asarray(y if at is None else y[:, at], np.float64)
     slopes = None if method == "correlation" else _slopes(program, source, slot, value, at, member, n_probes, seed)
     with jax.enable_x64(True):

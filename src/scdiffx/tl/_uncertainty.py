@@ -12,6 +12,7 @@ from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import Timer, progress_bar
 from scdiffx._slots import Obs, Obsm, X, check_counts, matrix_of, write_all
 from scdiffx._steps import Plan, analysis, replay
+from scdiffx.tl._attribution import column_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,7 +25,7 @@ def uncertainty(
     adata: Plan,
     target: str,
     *,
-    column: int | None = None,
+    column: int | str | None = None,
     method: str = "thinning",
     n_replicates: int = 20,
     layer: str | None = None,
@@ -45,7 +46,7 @@ def uncertainty(
     target
         Column of `obs`, or key of `obsm`, that the plan writes.
     column
-        Which column of an `obsm` entry.
+        Which column of an `obsm` entry: a number, or the name of a fate.
     method
         "thinning" is the only one.
     n_replicates
@@ -111,8 +112,8 @@ def uncertainty(
     values = []
     bar = progress_bar(n_replicates, "uncertainty", progress)
     for data in _thinned(adata.adata, counts, layer, n_replicates, seed):
-        found = np.asarray(replay(adata.calls, data).run()[2][slot], np.float64)
-        values.append(found if found.ndim == 1 else found[:, _column(target, column, found.shape[1])])
+        found: np.ndarray = np.asarray(replay(adata.calls, data).run()[2][slot], np.float64)
+        values.append(found[:, column_of(target, column, found.shape[1], slot.columns)] if found.ndim == 2 else found)
         bar.update(1)
     bar.close()
     key = key_added if key_added is not None else f"{target}{'' if column is None else f'_{column}'}_se"
@@ -140,14 +141,6 @@ def _thinned(data: AnnData, counts: sp.csr_matrix, layer: str | None, n: int, se
         kept = generator.binomial(whole, 0.5).astype(np.float32)
         X(layer).write(one, sp.csr_matrix((kept, counts.indices.copy(), counts.indptr.copy()), shape=counts.shape))
         yield one
-
-
-def _column(target: str, column: int | None, size: int) -> int:
-    if column is None and size == 1:
-        return 0
-    if column is None or not 0 <= column < size:
-        raise KeyError(f"column={column!r} of target={target!r}: choose one of its {size}, from 0 on")
-    return column
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

@@ -107,4 +107,6 @@ def _draw(ax: Axes, blocks: list[tuple[np.ndarray, np.ndarray]], names: list[str
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(places, labels, fontsize="small")
     ax.set_ylim(row - 0.6, -0.8)
+    # Small numbers have long labels.
+    ax.locator_params(axis="x", nbins=4)
     ax.spines[["top", "right"]].set_visible(False)

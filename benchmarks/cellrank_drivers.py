@@ -21,11 +21,14 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "paul15" / "paul15.h5ad"
-SIDES = {"Ery": ["1Ery", "2Ery"], "Mo": ["14Mo", "15Mo"], "Neu": ["16Neu", "17Neu"], "Baso": ["12Baso", "13Baso"]}
+# By markers, not by the names of the clusters; see the tutorial.
+SIDES = {"Ery": ["1Ery", "2Ery"], "Mo": ["13Baso", "14Mo"], "Neu": ["15Mo", "16Neu"], "Baso": ["17Neu"]}
+MOST = 30
 GENES = {
     "Ery": ["Gata1", "Klf1", "Epor", "Gfi1b", "Car1", "Hba-a2"],
-    "Mo": ["Irf8", "Csf1r", "Cebpe", "Mpo", "Elane"],
-    "Neu": ["Gfi1", "Cebpe", "Mpo", "Elane", "Gstm1"],
+    "Mo": ["Irf8", "Csf1r", "Ly86"],
+    "Neu": ["Cebpe", "Gfi1", "Mpo", "Elane", "Gstm1"],
+    "Baso": ["Gata2", "Lmo4", "Prss34", "Mcpt8"],
 }
 
 
@@ -43,9 +46,10 @@ def prepare(path: str) -> None:
     points = adata.obsm["X_pca"][stem]
     sd.tl.pseudotime(adata, root=int(stem[np.linalg.norm(points - points.mean(0), axis=1).argmin()]))
     time = adata.obs["dpt_pseudotime"]
-    latest = {
-        name: list(time[adata.obs["paul15_clusters"].isin(groups)].nlargest(30).index) for name, groups in SIDES.items()
-    }
+    latest = {}
+    for name, groups in SIDES.items():
+        cells = time[adata.obs["paul15_clusters"].isin(groups)]
+        latest[name] = list(cells.nlargest(min(MOST, len(cells) // 2)).index)
     sd.tl.fate_probabilities(adata, latest)
     adata.uns = {"neighbors": dict(adata.uns["neighbors"])}
     adata.write_h5ad(path)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from scdiffx._core.chain import absorption, row_normalized
+from scdiffx._core.chain import absorption, on_diagonal, row_normalized
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, columns_to_slots, rows_to_slots
 
@@ -99,7 +99,9 @@ class FateProbabilities:
     ) -> FateProbabilitiesResult:
         if self.n_fates is None:
             raise ValueError("FateProbabilities needs the number of fates: call `op = op.init(...)` first")
-        found = absorption(self.transitions(graph, pseudotime), terminal, self.n_fates)
+        # Steps that stay change no fate, but hold walks so long that the system would be hard to solve.
+        moving = graph.with_values(jnp.where(on_diagonal(graph.pattern), 0, graph.values))
+        found = absorption(self.transitions(moving, pseudotime), terminal, self.n_fates)
         defined = found.reaches.any(1)
         # Rounding leaves tiny negative numbers where the chance is tiny.
         chance = jnp.where(found.reaches, jnp.maximum(found.probabilities, 0), 0)

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.chain import row_normalized
+from scdiffx._core.chain import on_diagonal, row_normalized
 from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, _slots_of, rows_to_slots
@@ -68,7 +68,7 @@ class TransitionMatrix:
         moves, stays = transition_probabilities(cosines, self.scale, stay=self.self_transitions)
         graph = Graph(self.pattern, _placed(moves.values, self.from_cosines))
         if self.self_transitions:
-            own = jnp.where(_diagonal(self.pattern), rows_to_slots(self.pattern, stays), 0)
+            own = jnp.where(on_diagonal(self.pattern), rows_to_slots(self.pattern, stays), 0)
             graph = graph.with_values(graph.values + own)
         if self.from_connectivities is None or self.weight_connectivities is None:
             return graph
@@ -82,12 +82,6 @@ class TransitionMatrix:
 
 def _placed(values: Float[Array, "_ _"], source: Int[Array, "rows width"]) -> Float[Array, "rows width"]:
     return values.reshape(-1).at[source].get(mode="fill", fill_value=0)
-
-
-def _diagonal(p: Pattern) -> Array:
-    """The slots of self transitions."""
-    row = jnp.concatenate([jnp.arange(p.n_cells, dtype=jnp.int32), jnp.asarray(p.owner)])
-    return (jnp.asarray(p.indices) == row[:, None]) & p.valid
 
 
 def _edges(index: Array, owner: Array, valid: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

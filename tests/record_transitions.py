@@ -1,4 +1,4 @@
-"""Record what scVelo makes of a velocity graph: tests/ops/transitions_scvelo.npz, read by ops/test_transition_matrix.py.
+"""Record what scVelo makes of a velocity graph: tests/ops/transitions_scvelo.npz, for ops/test_transition_matrix.py.
 
 PYTHON tests/record_transitions.py VELOCITY.h5ad, by a Python in which scVelo runs, on a file with scVelo's graph. The
 recording: scVelo 0.3.4 (Python 3.11, numpy 2.2.6, scipy 1.17.1), the deterministic velocities of pancreas_velocity that

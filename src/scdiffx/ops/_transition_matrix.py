@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
@@ -65,15 +67,16 @@ class TransitionMatrix:
     def __call__(self, cosines: Directed, connectivities: Graph | None = None) -> Graph:
         if self.pattern is None or self.from_cosines is None:
             raise ValueError("TransitionMatrix needs its pattern: call `op = op.init(cosines, connectivities)` first")
+        mixed = self.weight_connectivities is not None and self.from_connectivities is not None
+        if mixed and connectivities is None:
+            raise ValueError("TransitionMatrix mixes with connectivities: pass them")
         moves, stays = transition_probabilities(cosines, self.scale, stay=self.self_transitions)
         graph = Graph(self.pattern, _placed(moves.values, self.from_cosines))
         if self.self_transitions:
             own = jnp.where(on_diagonal(self.pattern), rows_to_slots(self.pattern, stays), 0)
             graph = graph.with_values(graph.values + own)
-        if self.from_connectivities is None or self.weight_connectivities is None:
+        if connectivities is None or self.from_connectivities is None or self.weight_connectivities is None:
             return graph
-        if connectivities is None:
-            raise ValueError("TransitionMatrix mixes with connectivities: pass them")
         weights = connectivities.values.astype(cosines.dtype)
         near = row_normalized(graph.with_values(_placed(weights, self.from_connectivities)))
         w = self.weight_connectivities
@@ -84,7 +87,7 @@ def _placed(values: Float[Array, "_ _"], source: Int[Array, "rows width"]) -> Fl
     return values.reshape(-1).at[source].get(mode="fill", fill_value=0)
 
 
-def _edges(index: Array, owner: Array, valid: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _edges(index: Any, owner: Any, valid: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Starts, targets and flat slots of all edges."""
     slots = np.flatnonzero(np.asarray(valid))
     return np.asarray(owner)[slots // index.shape[1]], np.asarray(index).ravel()[slots], slots

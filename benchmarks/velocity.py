@@ -36,7 +36,7 @@ PANCREAS = [
 THEIRS = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
-import anndata as ad, scvelo as scv
+import anndata as ad, scipy.sparse as sp, scvelo as scv
 ad.settings.allow_write_nullable_strings = True
 scv.settings.verbosity = 0
 source, target, mode, genes = sys.argv[1:]
@@ -49,6 +49,7 @@ scv.tl.velocity(adata, mode=mode)
 clock.append(time.process_time())
 scv.tl.velocity_graph(adata, n_jobs=1, show_progress_bar=False)
 clock.append(time.process_time())
+adata.obsp["theirs"] = sp.csr_matrix(scv.utils.get_transition_matrix(adata))
 for basis in ("umap", "pca"):
     scv.tl.velocity_embedding(adata, basis=basis)
 if mode == "dynamical":
@@ -167,6 +168,8 @@ def agreement(a: ad.AnnData, b: ad.AnnData, mode: str) -> str:
     x, y = (np.nan_to_num(np.asarray(adata.layers["velocity"], np.float64)) for adata in (a, b))
     parts.append(f"velocity cosine {(x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()):.4f}")
     parts.append(f"graph off by {abs(a.uns['velocity_graph'] - b.uns['velocity_graph']).max():.1e}")
+    sd.tl.transition_matrix(b, key_added="ours")
+    parts.append(f"transitions on scVelo's graph off by {abs(b.obsp['ours'] - b.obsp['theirs']).max():.1e}")
     if mode == "dynamical":
         parts.append(f"latent time correlation {np.corrcoef(a.obs['latent_time'], b.obs['latent_time'])[0, 1]:.4f}")
     return "; ".join(parts)

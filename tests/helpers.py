@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from scdiffx._core.counts import BLOCK_ROWS, Counts
+from scdiffx._core.directed import Directed
 from scdiffx._core.graph import Graph, Pattern, flip
 
 # LLVM's optimisation takes half of the time to compile, and tests run what they compile only a few times.
@@ -122,13 +123,17 @@ def _is_matrix(x: Any) -> bool:
 def enlarged(tree: Any, sizes: Mapping[int, int], dtype: Any = np.float32) -> Any:
     """The shapes of `tree` with every axis of length `a` lengthened to `sizes[a]`; nothing is computed or stored.
 
-    Graphs keep their width and their share of overflow rows, count matrices their density.
+    Graphs keep their width and their rows per cell, count matrices their density; arrays along the rows of a graph grow
+    with it.
     """
+    parts = [part for part in jax.tree.leaves(tree, is_leaf=_grows) if isinstance(part, Graph | Pattern | Directed)]
+    patterns = [part.pattern if isinstance(part, Graph) else part for part in parts]
+    lengths = {len(p.indices): _rows(p, sizes) for p in patterns} | dict(sizes)
 
     def shape(dims: Sequence[int], like: Any) -> jax.ShapeDtypeStruct:
         kind = jnp.result_type(like)
         kind = dtype if jnp.issubdtype(kind, jnp.floating) else np.int32 if kind == np.int64 else kind
-        return jax.ShapeDtypeStruct(tuple(sizes.get(d, d) for d in dims), kind)
+        return jax.ShapeDtypeStruct(tuple(lengths.get(d, d) for d in dims), kind)
 
     def one(part: Any) -> Any:
         if isinstance(part, Graph):
@@ -136,12 +141,15 @@ def enlarged(tree: Any, sizes: Mapping[int, int], dtype: Any = np.float32) -> An
             return Graph(pattern, jax.ShapeDtypeStruct(pattern.indices.shape, dtype))
         if isinstance(part, Pattern):
             n = part.n_cells
-            overflow = round(len(part.owner) * sizes.get(n, n) / n)
-            rows, width = sizes.get(n, n) + overflow, part.indices.shape[1]
+            rows, width = _rows(part, sizes), part.indices.shape[1]
+            overflow = rows - sizes.get(n, n)
             as_int = jax.ShapeDtypeStruct((rows, width), np.int32)
             owner = jax.ShapeDtypeStruct((overflow,), np.int32)
             order = jax.ShapeDtypeStruct((sizes.get(n, n),), np.int32)
             return Pattern(as_int, as_int, owner, jax.ShapeDtypeStruct((rows, width), bool), order)
+        if isinstance(part, Directed):
+            arrays = (part.indices, part.owner, part.valid, part.values)
+            return Directed(*(shape(a.shape, a) for a in arrays), sizes.get(part.n_cells, part.n_cells))
         if isinstance(part, Counts):
             n, genes = (sizes.get(d, d) for d in part.shape)
             stored = part.data.size * genes // (part.shape[0] * part.shape[1]) * BLOCK_ROWS
@@ -149,7 +157,19 @@ def enlarged(tree: Any, sizes: Mapping[int, int], dtype: Any = np.float32) -> An
             return Counts(shape(blocks, part.data), shape(blocks, part.position), (n, genes), BLOCK_ROWS)
         return shape(np.shape(part), part)
 
-    return jax.tree.map(one, tree, is_leaf=_is_matrix)
+    return jax.tree.map(one, tree, is_leaf=_grows)
+
+
+def _grows(x: Any) -> bool:
+    return _is_matrix(x) or isinstance(x, Directed)
+
+
+def _rows(p: Pattern | Directed, sizes: Mapping[int, int]) -> int:
+    """How many rows of slots a pattern of so many more cells has."""
+    n = p.n_cells
+    if isinstance(p, Directed):
+        return -(-len(p.indices) * sizes.get(n, n) // (64 * n)) * 64
+    return sizes.get(n, n) + round((len(p.indices) - n) * sizes.get(n, n) / n)
 
 
 def temp_megabytes(fn: Callable[..., Any], *shapes: Any) -> float:

@@ -389,6 +389,14 @@ CASES = [
         learns=("scale",),
     ),
     Case(
+        "transition_matrix",
+        lambda: ops.TransitionMatrix(scale=4.0, weight_connectivities=0.3),
+        lambda d: (cosines_of(d), d.graph),
+        lambda r: (r.T.row_sums(), r.with_values(r.values**2).row_sums()),
+        budget=150,
+        learns=("scale", "weight_connectivities"),
+    ),
+    Case(
         "diffusion_map",
         lambda: ops.DiffusionMap(n_comps=8),
         lambda d: (d.graph,),

@@ -221,6 +221,19 @@ def test_derivatives_in_single_precision_are_those_in_double() -> None:
 
 
 @pytest.mark.usefixtures("x64")
+def test_steps_that_stay_change_no_fate() -> None:
+    """A walk on a line that stays in some cells for up to 10^9 steps."""
+    n = 41
+    graph, terminal = line(n, 0.5, {0: 0, n - 1: 1})
+    leaves = sp.diags(10.0 ** -(9 * np.arange(n) % 10))
+    slow = ops.Graph.from_scipy(sp.csr_matrix(leaves @ graph.to_scipy() + sp.eye(n) - leaves))
+    result = fates_of(slow, terminal)
+    assert bool(result.converged)
+    np.testing.assert_allclose(result.probabilities[:, 1], np.arange(n) / (n - 1), atol=1e-8)
+    np.testing.assert_allclose(result.absorbed, 1, atol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
 def test_what_cannot_be_reached_and_where_walks_are_caught() -> None:
     """Cell 1 steps to 0, 2 or 3; 3 and 4 keep the walk; 5 and 6 see nothing else; 7 has no edge."""
     steps = np.zeros((8, 8))

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from scdiffx._core.graph import Graph, _gathered_sum, columns_to_slots, row_sums, rows_to_slots
+from scdiffx._core.graph import Graph, Pattern, _gathered_sum, columns_to_slots, row_sums, rows_to_slots
 from scdiffx._core.krylov import _bicgstab
 
-__all__ = ["Absorption", "absorption", "reaching", "row_normalized"]
+__all__ = ["Absorption", "absorption", "on_diagonal", "reaching", "row_normalized"]
 
 
 class Absorption(NamedTuple):
@@ -53,6 +53,12 @@ def row_normalized(graph: Graph) -> Graph:
     total = row_sums(p, graph.values)
     inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
     return graph.with_values(graph.values * rows_to_slots(p, inverse))
+
+
+def on_diagonal(p: Pattern) -> Bool[Array, "rows width"]:
+    """The slots of steps that stay."""
+    row = jnp.concatenate([jnp.arange(p.n_cells, dtype=jnp.int32), jnp.asarray(p.owner)])
+    return (jnp.asarray(p.indices) == row[:, None]) & p.valid
 
 
 def reaching(graph: Graph, target: Bool[Array, "cells q"]) -> Bool[Array, "cells q"]:

@@ -72,7 +72,7 @@ class Distances(_Pairs):
 
 @dataclass(frozen=True)
 class Obsp(Ordered):
-    """A sparse matrix of `obsp` whose entries are probabilities or weights: none may be negative; read-only."""
+    """A sparse matrix of `obsp` whose entries are probabilities or weights: none may be negative."""
 
     key: str
 
@@ -85,6 +85,12 @@ class Obsp(Ordered):
         if matrix.nnz and not (np.isfinite(matrix.data.sum(dtype=np.float64)) and matrix.data.min() >= 0):
             raise ValueError(f"`adata.obsp[{self.key!r}]` holds values that are negative or not finite")
         return Graph.from_scipy(matrix, as_float(matrix.data[:0]).dtype)
+
+    def host(self, adata: Any, value: Any) -> Any:
+        return value.to_scipy()
+
+    def write(self, adata: Any, value: Any) -> None:
+        adata.obsp[self.key] = value
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from scdiffx.ops._solo import Solo, SoloResult
 from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
+from scdiffx.ops._transition_matrix import TransitionMatrix
 from scdiffx.ops._vae import VAE, Training, VAEResult
 from scdiffx.ops._velocity_embedding import VelocityEmbedding
 from scdiffx.ops._velocity_graph import VelocityGraph, VelocityGraphResult
@@ -91,6 +92,7 @@ __all__ = [
     "SwitchDE",
     "SwitchDEResult",
     "Training",
+    "TransitionMatrix",
     "VAEResult",
     "VelocityEmbedding",
     "VelocityGraph",

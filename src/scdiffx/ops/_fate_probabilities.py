@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from scdiffx._core.chain import absorption, row_normalized
+from scdiffx._core.chain import absorption, on_diagonal, row_normalized
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, columns_to_slots, rows_to_slots
 from scdiffx._core.precision import in_double
@@ -106,7 +106,9 @@ class FateProbabilities:
 
 @in_double
 def _fates(op: FateProbabilities, graph: Graph, terminal: Array, pseudotime: Array | None) -> FateProbabilitiesResult:
-    found = absorption(op.transitions(graph, pseudotime), terminal, op.n_fates)
+    # Steps that stay change no fate, but hold walks so long that the system would be hard to solve.
+    moving = graph.with_values(jnp.where(on_diagonal(graph.pattern), 0, graph.values))
+    found = absorption(op.transitions(moving, pseudotime), terminal, op.n_fates)
     defined = found.reaches.any(1)
     # Rounding leaves tiny negative numbers where the chance is tiny.
     chance = jnp.where(found.reaches, jnp.maximum(found.probabilities, 0), 0)

@@ -22,8 +22,8 @@ _QUIVER = 1.8
 
 def transition_probabilities(
     cosines: Directed, scale: float | Array = 10.0, *, negative: bool = False, stay: bool = True
-) -> Directed:
-    """Transition probabilities to other cells, from cosines by an exponential kernel; what is left to 1 stays.
+) -> tuple[Directed, Float[Array, " cells"]]:
+    """Transition probabilities to other cells, from cosines by an exponential kernel, and those to stay.
 
     With `negative` cosines below 0 have negative "probabilities", which push away; otherwise small ones.
     """
@@ -36,7 +36,7 @@ def transition_probabilities(
         t, rest = jnp.where(stored, jnp.exp(scale * c), 0), jnp.where(own > 0, jnp.exp(scale * own), 0)
     total = cosines.row_sums(jnp.abs(t)) + rest
     scaled = 1 / jnp.where(total > 0, total, 1)
-    return cosines.with_values(t * cosines.spread(scaled)[:, None])
+    return cosines.with_values(t * cosines.spread(scaled)[:, None]), rest * scaled
 
 
 @operator
@@ -55,7 +55,7 @@ class VelocityEmbedding:
     autoscale: bool = static(default=True)
 
     def __call__(self, cosines: Directed, z: Float[Array, "cells dims"]) -> Float[Array, "cells dims"]:
-        p = transition_probabilities(
+        p, _ = transition_probabilities(
             cosines, self.scale, negative=self.use_negative_cosines, stay=self.self_transitions
         )
         stored = p.valid & (p.values != 0)

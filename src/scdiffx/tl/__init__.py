@@ -11,6 +11,7 @@ from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._switch_de import switch_de
+from scdiffx.tl._transition_matrix import transition_matrix
 from scdiffx.tl._uncertainty import uncertainty
 from scdiffx.tl._velocity import velocity
 from scdiffx.tl._velocity_embedding import velocity_embedding
@@ -31,6 +32,7 @@ __all__ = [
     "pseudotime",
     "simulate",
     "switch_de",
+    "transition_matrix",
     "uncertainty",
     "velocity",
     "velocity_embedding",

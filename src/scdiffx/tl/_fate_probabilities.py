@@ -68,7 +68,8 @@ def fate_probabilities(
         With "soft": the growth rate and the asymmetry of the weights. `b` is per unit of pseudotime.
     transition_key
         Key of `obsp` with transition probabilities (or weights: rows are divided by their sums) to use instead of the
-        graph, such as those from velocity; then settings of pseudotime have no meaning and must be left alone.
+        graph, such as "velocity_transitions" of `sd.tl.transition_matrix`; then settings of pseudotime have no meaning
+        and must be left alone.
     priming
         How far a cell is on its way: "kl_divergence" of its fates from the average of all cells, or "entropy", the lack
         of it.
@@ -108,6 +109,12 @@ def fate_probabilities(
     whatever the other), joined to states by their connections, of at least 5 cells and later than the median cell; 30
     cells of each are terminal. The length of the walks (20 steps) was chosen on two data sets. Check the result, or
     give the states. In a plan they have to be given.
+
+    Fates directed by velocity: ``sd.tl.velocity(adata)``, ``sd.tl.velocity_graph(adata)``,
+    ``sd.tl.transition_matrix(adata, weight_connectivities=0.2)``, and this function with
+    ``transition_key="velocity_transitions"``; in a plan derivatives reach the layers through all of them. Where
+    walks have no pseudotime no state is too early: on a pancreas stationary progenitors were among those found, so
+    give the states. Steps that stay in a cell change no fate.
 
     Priming is CellRank's, but that a probability of exactly 0 adds nothing to the divergence, as its definition says
     (CellRank takes 1 for all of such a cell).

@@ -46,9 +46,10 @@ KNOWN: dict[str, tuple[str, str, dict[str, list[str]]]] = {
         "7MEP",
         {
             "Ery": [f"{i}Ery" for i in range(1, 7)],
-            "Mo": ["14Mo", "15Mo"],
-            "Neu": ["16Neu", "17Neu"],
-            "Baso": ["12Baso", "13Baso"],
+            # By markers, not by the names of the clusters; see tutorials/trajectories.ipynb.
+            "Mo": ["13Baso", "14Mo"],
+            "Neu": ["15Mo", "16Neu"],
+            "Baso": ["17Neu"],
         },
     ),
     "pancreas_velocity": ("clusters", "Ductal", {name: [name] for name in ("Alpha", "Beta", "Delta", "Epsilon")}),

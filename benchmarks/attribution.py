@@ -1,25 +1,29 @@
 """Where known genes rank: textbook regulators of two lineages, and planted drivers of a simulated decision.
 
     python benchmarks/attribution.py known [--probes 16]
-    python benchmarks/attribution.py planted [--seeds 0 1 2 3 4 5] [--probes 16] [--cellrank PYTHON]
+    python benchmarks/attribution.py planted [--seeds 0 1 2 3 4 5] [--rates 1 4] [--level 4] [--cellrank PYTHON]
 
-"known": regulators and effectors of two lineages of paul15 by three methods. Plan: normalise, logarithm, 1,500 variable genes, 30 components, 15 neighbours, pseudotime from the medoid of 7MEP on
-the erythroid side (clusters 1Ery to 7MEP) and from that of 9GMP on the side of monocytes and neutrophils (9GMP to
-11DC, 14Mo to 17Neu). The target is the pseudotime, the genes are all 3,451; rank 1 rises most along it. "Distance" is
-the correlation with the distance from the root in the same components instead.
+"known": regulators and effectors of two lineages of paul15 by three methods. Plan: normalise, logarithm, 1,500 variable
+genes, 30 components, 15 neighbours, pseudotime from the medoid of 7MEP on the erythroid side (clusters 1Ery to 7MEP)
+and from that of 9GMP on the side of monocytes and neutrophils (9GMP to 11DC, 14Mo to 17Neu). The target is the
+pseudotime, the genes are all 3,451; rank 1 rises most along it. "Distance" is the correlation with the distance from
+the root in the same components instead.
 
 "planted": 1,200 cells and 122 genes of a decision. Two drivers a and b inhibit each other,
-da = 8 (1 / (1 + (b / .5)^4) - a) dt + .1 dW and the same for b, from a = b = .2 at time 0 to time 1; each cell follows a
-path of its own and is measured at a random time, and its fate is the driver that is higher at time 1. 20 targets follow
-each driver, dz = r (a^2 / (.25 + a^2) - z) dt with r uniform in 4 to 12; 20 genes follow time, half of them up and half
-down, as logistic curves with the middle anywhere and slopes of 5 to 15; 60 are constant. All have a level, log-normal
-about 4 molecules (sd .5 of the logarithm), at activity 1, and .05 of it at 0; counts are negative binomial with
-dispersion .1 and log-normal cell sizes (sd .3), about 300 molecules per cell. Plan: normalise, logarithm, 15
-components, 15 neighbours, pseudotime from the earliest cell, fates; terminal are the cells after time .9 by the driver
-that is higher in them. Genes are ranked by absolute value for the first fate (the other's is 1 less it: the same
-ranking), over all cells and over those before time .5; average precision of the two drivers among all genes, mean and
-standard deviation over the seeds. --cellrank is a Python in which CellRank 2.3 runs: its `compute_lineage_drivers` on
-the same fates, and on its own from the same graph, pseudotime and terminal cells by its default kernel.
+da = 8 (1 / (1 + (b / .5)^4) - a) dt + .1 dW and the same for b, from a = b = .2 at time 0 to time 1; each cell follows
+a path of its own and is measured at a random time, and its fate is the driver that is higher at time 1. 20 targets
+follow each driver, dz = r (a^2 / (.25 + a^2) - z) dt, with r uniform between --rates; 20 genes follow time, half of
+them up and half down, as logistic curves with the middle anywhere and slopes of 5 to 15; 60 are constant. All have a
+level, log-normal about --level molecules (sd .5 of the logarithm), at activity 1, and .05 of it at 0; counts are negative
+binomial with dispersion .1 and log-normal cell sizes (sd .3).
+
+Plan: normalise, logarithm, 15 components, 15 neighbours, pseudotime from the earliest cell, fates; terminal are the
+cells after time .9 by the driver that is higher in them. Genes are ranked by absolute value for the first fate (the
+other's is 1 less it: the same ranking), over all cells and over those before time .5; average precision of the two
+drivers among all genes, mean and standard deviation over the seeds. "Oracle" is the correlation with the fate to come,
+which no method knows: the rates were chosen so that it finds the drivers, before anything else was looked at.
+--cellrank is a Python in which CellRank 2.3 runs: its `compute_lineage_drivers` on the same fates, and on its own from
+the same graph, pseudotime and terminal cells by its default kernel.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ import scdiffx as sd
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 METHODS = ("correlation", "sensitivity", "gradient")
+WINDOWS = ("all", "early")
 SIDES = {
     "erythroid": (["7MEP", *(f"{i}Ery" for i in range(1, 7))], "7MEP", ["Gata1", "Klf1", "Hba-a2", "Car1"]),
     "myeloid": (
@@ -98,11 +103,11 @@ def show(method: str, value: object, genes: list[str], seconds: float) -> None:
     print(f"  {method:<12} {ranks}; first ten {', '.join(rank.sort_values().index[:10])}; {seconds:.0f} s", flush=True)
 
 
-def decision(seed: int, cells: int = 1200, steps: int = 200) -> ad.AnnData:
+def decision(seed: int, rates: list[float], level: float, cells: int = 1200, steps: int = 200) -> ad.AnnData:
     """Counts of a simulated decision; `obs` holds time, the fate to come and the driver that is higher now."""
     rng = np.random.default_rng(seed)
     when = rng.integers(0, steps, cells)
-    rate, owner = rng.uniform(4, 12, 40), np.repeat([0, 1], 20)
+    rate, owner = rng.uniform(*rates, 40), np.repeat([0, 1], 20)
     driver, follower = np.full((cells, 2), 0.2), np.zeros((cells, 40))
     drivers, followers = np.zeros_like(driver), np.zeros_like(follower)
     for i in range(steps):
@@ -116,8 +121,8 @@ def decision(seed: int, cells: int = 1200, steps: int = 200) -> ad.AnnData:
     slope = rng.uniform(5, 15, 20) * np.repeat([1, -1], 10)
     clock = 1 / (1 + np.exp(-slope * (times[:, None] - rng.uniform(0, 1, 20))))
     activity = np.concatenate([drivers, followers, clock, np.ones((cells, 60))], 1)
-    level = rng.lognormal(np.log(4), 0.5, activity.shape[1])
-    mean = rng.lognormal(0, 0.3, (cells, 1)) * level * (0.05 + 0.95 * activity)
+    levels = rng.lognormal(np.log(level), 0.5, activity.shape[1])
+    mean = rng.lognormal(0, 0.3, (cells, 1)) * levels * (0.05 + 0.95 * activity)
     counts = rng.poisson(rng.gamma(10, mean / 10))
     adata = ad.AnnData(sp.csr_matrix(counts.astype(np.float32)))
     kinds = np.repeat(["driver", "target", "time", "constant"], [2, 40, 20, 60])
@@ -154,72 +159,67 @@ def auroc(score: np.ndarray, positive: np.ndarray) -> float:
     return float((rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
 
 
-def planted(seeds: list[int], probes: int, cellrank: str | None) -> None:
-    rows: dict[tuple[str, str], list[float]] = {}
-
-    def add(method: str, window: str, value: np.ndarray, adata: ad.AnnData) -> None:
-        rows.setdefault((method, window), []).append(precision(value, adata))
-
+def planted(seeds: list[int], rates: list[float], level: float, probes: int, cellrank: str | None) -> None:
+    rows: dict[str, list[float]] = {}
     for seed in seeds:
-        adata = decision(seed)
-        early = (adata.obs["window"] == "early").to_numpy()
+        adata = decision(seed, rates, level)
         plan = decided(adata)
         begin = time.process_time()
-        for method in METHODS:
-            for window in ("all", "early"):
-                among = {} if window == "all" else {"groupby": "window", "groups": ["early"]}
-                sd.tl.attribution(
-                    plan, "lineages_fwd", column=0, method=method, n_probes=probes, key_added="g", **among
-                )
-                add(method, window, adata.varm["g"][f"{window}_value"].to_numpy(), adata)
+        values = {f"{method}, {window}": ours(plan, method, window, probes) for method in METHODS for window in WINDOWS}
         seconds = time.process_time() - begin
         run = plan.apply(copy=True)
-        found = run.obsm["lineages_fwd"][:, 0]
-        sizes, ends = np.asarray(adata.X.sum(1)).ravel(), (adata.obs["fate"] == 0).to_numpy()
-        for window, cells in (("all", slice(None)), ("early", early)):
-            x = run.X[cells].toarray()
-            centred = x - x.mean(0)
-            truth = ends[cells] - ends[cells].mean()
-            add("oracle", window, centred.T @ truth / np.maximum(np.linalg.norm(centred, axis=0), 1e-12), adata)
+        early, ends = (adata.obs["window"] == "early").to_numpy(), (adata.obs["fate"] == 0).to_numpy()
+        for window, cells in zip(WINDOWS, (slice(None), early), strict=True):
+            values[f"oracle, {window}"] = correlation(run.X[cells].toarray(), ends[cells])
         if cellrank is not None:
-            for method, windows in theirs(run, cellrank).items():
-                for window, value in windows.items():
-                    add(method, window, np.array(value), adata)
-        print(
-            f"seed {seed}: {np.median(sizes):.0f} molecules, AUROC of early cells {auroc(found[early], ends[early]):.3f}, "
-            + ", ".join(f"{m} {w} {v[-1]:.2f}" for (m, w), v in rows.items())
-            + f"; {seconds:.0f} s",
-            flush=True,
-        )
-    for (method, window), values in rows.items():
-        print(f"{method:<22} {window:<6} {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}")
+            values |= theirs(run, cellrank)
+        for name, value in values.items():
+            rows.setdefault(name, []).append(precision(value, adata))
+        area = auroc(run.obsm["lineages_fwd"][early, 0], ends[early])
+        molecules = np.median(np.asarray(adata.X.sum(1)))
+        print(f"seed {seed}: {molecules:.0f} molecules, AUROC of early cells {area:.3f}, {seconds:.0f} s", flush=True)
+    for name, found in rows.items():
+        each = " ".join(f"{value:.2f}" for value in found)
+        print(f"{name:<26} {np.mean(found):.2f} +- {np.std(found):.2f}   ({each})")
+
+
+def ours(plan: sd.Plan, method: str, window: str, probes: int) -> np.ndarray:
+    among = {} if window == "all" else {"groupby": "window", "groups": [window]}
+    settings = {"column": 0, "method": method, "n_probes": probes, "key_added": "found"}
+    sd.tl.attribution(plan, "lineages_fwd", **settings, **among)
+    return plan.adata.varm["found"][f"{window}_value"].to_numpy()
+
+
+def correlation(x: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(0)
+    return centred.T @ (truth - truth.mean()) / np.maximum(np.linalg.norm(centred, axis=0), 1e-12)
 
 
 THEIRS = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-import anndata as ad, cellrank as cr, numpy as np
+import anndata as ad, cellrank as cr
 adata = ad.read_h5ad(sys.argv[1])
 adata.obs["window"] = adata.obs["window"].astype("category")
 ends = adata.obs["term_states_fwd"]
 names = list(ends.cat.categories)
-kernel = cr.kernels.PseudotimeKernel(adata, time_key="dpt_pseudotime").compute_transition_matrix(show_progress_bar=False)
+kernel = cr.kernels.PseudotimeKernel(adata, time_key="dpt_pseudotime")
+kernel.compute_transition_matrix(show_progress_bar=False)
 own = cr.estimators.CFLARE(kernel)
 own.set_terminal_states({name: list(adata.obs_names[ends == name]) for name in names})
 own.compute_fate_probabilities(show_progress_bar=False, use_petsc=False)
 same = cr.estimators.CFLARE(kernel)
 same._fate_probabilities = cr.Lineage(adata.uns["shared"], names=names)
 found = {}
-for title, estimator in (("CellRank", same), ("CellRank, its fates", own)):
-    found[title] = {}
+for title, estimator in (("CellRank", same), ("CellRank's own fates", own)):
     for window, among in (("all", {}), ("early", {"cluster_key": "window", "clusters": ["early"]})):
         table = estimator.compute_lineage_drivers(**among, show_progress_bar=False)
-        found[title][window] = [float(v) for v in table.loc[adata.var_names, f"{names[0]}_corr"]]
+        found[f"{title}, {window}"] = [float(v) for v in table.loc[adata.var_names, f"{names[0]}_corr"]]
 json.dump(found, open(sys.argv[2], "w"))
 """
 
 
-def theirs(run: ad.AnnData, python: str) -> dict[str, dict[str, list[float]]]:
+def theirs(run: ad.AnnData, python: str) -> dict[str, np.ndarray]:
     """CellRank's correlations with the first fate, in all and in early cells, on these fates and on its own."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "run.h5ad", Path(folder) / "found.json"
@@ -227,8 +227,8 @@ def theirs(run: ad.AnnData, python: str) -> dict[str, dict[str, list[float]]]:
         given.obsp["connectivities"], given.uns["neighbors"] = run.obsp["connectivities"], run.uns["neighbors"]
         given.obsp["distances"], given.uns["shared"] = run.obsp["distances"], run.obsm["lineages_fwd"]
         given.write_h5ad(source)
-        subprocess.run([python, "-c", THEIRS, str(source), str(target)], check=True)
-        return json.loads(target.read_text())
+        subprocess.run([python, "-c", THEIRS, str(source), str(target)], check=True, capture_output=True)
+        return {name: np.array(value) for name, value in json.loads(target.read_text()).items()}
 
 
 def main() -> None:
@@ -236,13 +236,15 @@ def main() -> None:
     parser.add_argument("mode", choices=("known", "planted"))
     parser.add_argument("--probes", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
+    parser.add_argument("--rates", type=float, nargs=2, default=[1.0, 4.0])
+    parser.add_argument("--level", type=float, default=4.0)
     parser.add_argument("--cellrank", metavar="PYTHON")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.mode == "known":
         known(args.probes)
     else:
-        planted(args.seeds, args.probes, args.cellrank)
+        planted(args.seeds, args.rates, args.level, args.probes, args.cellrank)
 
 
 if __name__ == "__main__":

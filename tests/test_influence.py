@@ -145,8 +145,8 @@ def test_steps_stay_where_the_parameter_may_be(constraint: str, value: float, ex
             ValueError,
             r"knobs='pca.scale' is not a single number.*'normalize_total.target_sum'",
         ),
-        ({"knobs": "pca"}, ValueError, "no parameter that is a single number moves"),
-        ({"target": "first", "knobs": "normalize_total_2.target_sum", "column": None}, ValueError, "does not move"),
+        ({"knobs": "pca"}, ValueError, "no parameter that is a single number leads to"),
+        ({"target": "first", "knobs": "normalize_total_2.target_sum", "column": None}, ValueError, "does not lead"),
     ],
 )
 def test_bad_settings_name_themselves(settings: dict, error: type[Exception], message: str) -> None:

@@ -81,11 +81,11 @@ class Program:
             asked = [knobs] if isinstance(knobs, str) else list(knobs)
             chosen = select(known, asked, "knobs")
             for name in (name for name in chosen if name in asked and name not in learned):
-                reason = "does not move the target" if name in numbers else "is not a single number"
+                reason = "does not lead to the target" if name in numbers else "is not a single number"
                 raise ValueError(f"knobs={name!r} {reason}. Available: {learned}")
             learned = [name for name in chosen if name in learned]
         if not learned:
-            raise ValueError(f"no parameter that is a single number moves {target}. Parameters: {known}")
+            raise ValueError(f"no parameter that is a single number leads to {target}. Parameters: {known}")
         active = _resting(plan, _active(plan, learned), {target})
         with jax.enable_x64(True):
             ops = [_cast(op, jnp.float64) for op in ops]

@@ -47,7 +47,7 @@ def influence(
         Column of `obs`, or key of `obsm`, that the plan writes.
     knobs
         Learnable parameters as "step.field", such as "neighbors.bandwidth", "normalize_total.target_sum" or
-        "fate_probabilities.b", or names of steps. By default all that are single numbers and move the target.
+        "fate_probabilities.b", or names of steps. By default all that are single numbers and lead to the target.
     column
         Which column of an `obsm` entry.
     key_added
@@ -71,7 +71,7 @@ def influence(
     KeyError
         If the plan does not write the target, or the column does not exist.
     ValueError
-        If a knob is no learnable parameter, no single number, or does not move the target, or there is none that does.
+        If a knob is no learnable parameter, no single number, or does not lead to the target, or none does.
 
     Notes
     -----
@@ -82,7 +82,9 @@ def influence(
 
     Neighbours, components, selected genes, trained networks and whatever else the plan finds once are held. A plan that
     is run anew with another setting finds them anew, and moves by jumps as well: the derivative tells what the numbers
-    do, not what the choices do. To see both, run the plan with both settings.
+    do, not what the choices do. Settings after the search for neighbours predict small changes well; those before it,
+    such as the target sum, do not, since new components and neighbours move the result by more. Soft fates jump where
+    two cells change order in pseudotime. To see everything, run the plan with both settings.
     """
     if not isinstance(adata, Plan):
         raise TypeError("influence evaluates a plan anew: pass one from `sd.plan(adata)`, not an AnnData")

@@ -14,7 +14,6 @@ from scdiffx._log import Timer
 from scdiffx._program import Program
 from scdiffx._slots import Obs, Obsm, Slot, Uns, write_all
 from scdiffx._steps import Plan, analysis
-from scdiffx.tl._uncertainty import _column
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -135,3 +134,11 @@ def _around(value: jax.Array, constraint: Constraint) -> list[jax.Array]:
 
 def _with(ops: list[Any], i: int, op: Any) -> list[Any]:
     return [*ops[:i], op, *ops[i + 1 :]]
+
+
+def _column(target: str, column: int | None, size: int) -> int:
+    if column is None and size == 1:
+        return 0
+    if column is None or not 0 <= column < size:
+        raise KeyError(f"column={column!r} of target={target!r}: choose one of its {size}, from 0 on")
+    return column

@@ -160,6 +160,44 @@ def test_sensitivity_is_the_pattern_of_the_gradient() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("in_order", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_sensitivity_of_a_fate_equals_finite_differences(in_order: bool) -> None:
+    adata = logs(60, 30)
+    adata.X = adata.X.toarray().astype(np.float64)
+    plan = sd.plan(adata)
+    if in_order:
+        sd.pp.pca(plan, n_comps=4)
+    sd.pp.neighbors(plan, n_neighbors=8, use_rep="X_pca" if in_order else "X")
+    if in_order:
+        sd.tl.pseudotime(plan, n_dcs=4, root=0)
+    else:
+        adata.obs["dpt_pseudotime"] = np.linspace(0, 1, 60)
+    sd.tl.fate_probabilities(plan, {"a": adata.obs_names[20:25], "b": adata.obs_names[40:45]})
+    sd.tl.attribution(plan, "lineages_fwd", column=1, method="sensitivity", n_probes=1, rng=5)
+    table, signs, slot = adata.varm["attribution_lineages_fwd_1"], probes(60, 1, 5)[0], Obsm("lineages_fwd")
+    with jax.enable_x64(True):
+        program, found = Program.between(plan, X(), slot)
+        start = program.frozen[X()]
+
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        def weighed(x: jax.Array) -> jax.Array:
+            return (program.evaluate(program.ops, {**program.frozen, X(): x})[slot][:, 1] * signs).sum()
+
+        weight = np.zeros(30)
+        for gene in np.flatnonzero((adata.X != 0).any(0)):
+            step = np.zeros_like(adata.X)
+            step[:, gene] = signs * (adata.X[:, gene] != 0)
+            both = [float(weighed(start + sign * 1e-5 * jnp.asarray(step))) for sign in (1, -1)]
+            weight[gene] = (both[0] - both[1]) / 2e-5 / (adata.X[:, gene] != 0).sum()
+    assert np.abs(weight).max() > 0.01
+    centred, spread = adata.X - adata.X.mean(0), np.maximum(adata.X.std(0), 1e-12)
+    expected = centred.T @ (centred @ weight) / 60 / spread
+    np.testing.assert_allclose(table["all_value"], expected, atol=1e-5 * np.abs(expected).max())
+    fate = np.asarray(found[slot])[:, 1]
+    expected = centred.T @ (fate - fate.mean()) / 60 / spread / fate.std()
+    np.testing.assert_allclose(table["all_correlation"], expected, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -64,17 +64,49 @@ class Program:
             ops = [_cast(op, dtype) for op in ops]
             return cls(plan, ops, [], active, _frozen(plan, active, inputs, values, dtype)), inputs | values
 
+    @classmethod
+    def towards(cls, plan: Plan, target: Slot, knobs: str | Iterable[str] | None = None) -> Program:
+        """The part of a plan that leads from parameters that are single numbers to a target.
+
+        These are all on which the target depends, or the `knobs`, which may be names of steps. Floats are double, and
+        the numbers arrays.
+        """
+        ops, inputs, values = plan.run()
+        known = parameter_names(plan, ops)
+        owners = {step.name: op for step, op in zip(plan.steps, ops, strict=True)}
+        numbers = [name for name in known if _is_number(owners[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1])]
+        last = max(i for i, step in enumerate(plan.steps) if any(w.slot == target for w in step.writes))
+        learned = [name for name in numbers if last in _resting(plan, _active(plan, [name]), {target})]
+        if knobs is not None:
+            asked = [knobs] if isinstance(knobs, str) else list(knobs)
+            chosen = select(known, asked, "knobs")
+            for name in (name for name in chosen if name in asked and name not in learned):
+                reason = "does not lead to the target" if name in numbers else "is not a single number"
+                raise ValueError(f"knobs={name!r} {reason}. Available: {learned}")
+            learned = [name for name in chosen if name in learned]
+        if not learned:
+            raise ValueError(f"no parameter that is a single number leads to {target}. Parameters: {known}")
+        active = _resting(plan, _active(plan, learned), {target})
+        with jax.enable_x64(True):
+            ops = [_cast(op, jnp.float64) for op in ops]
+            program = cls(plan, ops, learned, active, _frozen(plan, active, inputs, values, jnp.float64))
+            for name in learned:
+                i, field = program.find(name)
+                ops[i] = replace(ops[i], **{field: jnp.asarray(getattr(ops[i], field), jnp.float64)})
+        return program
+
     def start(self) -> Params:
         """The learned parameters at their current values, in unconstrained space."""
         params = {}
         for name in self.learned:
-            i, field = self._find(name)
+            i, field = self.find(name)
             to_real = learnables(self.ops[i])[field].to_real
             value = getattr(self.ops[i], field)
             params[name] = jax.tree.map(lambda v, to_real=to_real: to_real(jnp.asarray(v, jnp.float32)), value)
         return params
 
-    def _find(self, name: str) -> tuple[int, str]:
+    def find(self, name: str) -> tuple[int, str]:
+        """The step of a parameter, by number, and the field."""
         step, field = name.rsplit(".", 1)
         return next(i for i, s in enumerate(self.plan.steps) if s.name == step), field
 
@@ -82,7 +114,7 @@ class Program:
         """The operators with the learned parameters in place."""
         ops = list(self.ops if ops is None else ops)
         for name, value in params.items():
-            i, field = self._find(name)
+            i, field = self.find(name)
             from_real = learnables(ops[i])[field].from_real
             ops[i] = replace(ops[i], **{field: jax.tree.map(from_real, value)})
         return ops
@@ -151,6 +183,11 @@ def _is_float(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating))
 
 
+def _is_number(op: Any, field: str) -> bool:
+    leaves = jax.tree.leaves(getattr(op, field))
+    return len(leaves) == 1 and np.ndim(leaves[0]) == 0
+
+
 def _tapped(value: Any, taps: list[Any]) -> Any:
     """Add one tap to each floating leaf."""
     leaves, tree = jax.tree.flatten(value)
@@ -191,7 +228,12 @@ def _leading(plan: Plan, source: Slot, target: Slot, first: int) -> list[int]:
             moving |= {w.slot for w in step.writes}
         else:
             moving -= {w.slot for w in step.writes}
-    needed, active = {target} & moving, []
+    return _resting(plan, touched, {target} & moving)
+
+
+def _resting(plan: Plan, touched: list[int], needed: set[Slot]) -> list[int]:
+    """Those of the steps on which slots rest, as the last of them leaves them."""
+    active = []
     for i in reversed(touched):
         step = plan.steps[i]
         if needed & {w.slot for w in step.writes}:
@@ -229,15 +271,15 @@ def parameter_names(plan: Plan, ops: list[Any]) -> list[str]:
     return [f"{step.name}.{field}" for step, op in zip(plan.steps, ops, strict=True) for field in learnables(op)]
 
 
-def select(available: list[str], wanted: str | Iterable[str] | None) -> list[str]:
-    """The parameters that `learn` means: names of steps or "step.field"."""
+def select(available: list[str], wanted: str | Iterable[str] | None, argument: str = "learn") -> list[str]:
+    """The parameters that an argument means: names of steps or "step.field"."""
     if wanted is None:
         return available
     chosen = []
     for name in [wanted] if isinstance(wanted, str) else list(wanted):
         matches = [a for a in available if a == name or a.rsplit(".", 1)[0] == name]
         if not matches:
-            raise ValueError(f"learn={name!r} names no learnable parameter. Available: {available}")
+            raise ValueError(f"{argument}={name!r} names no learnable parameter. Available: {available}")
         chosen += [m for m in matches if m not in chosen]
     return chosen
 

@@ -137,7 +137,7 @@ def test_steps_stay_where_the_parameter_may_be(constraint: str, value: float, ex
     [
         ({"target": "absent"}, KeyError, "'absent'"),
         ({"target": "day"}, KeyError, "not written by the plan"),
-        ({"column": None}, KeyError, "column=None of target='X_pca': choose one of its 4"),
+        ({"column": None}, KeyError, "column=None of target='X_pca': it has 4"),
         ({"column": 4}, KeyError, "column=4"),
         ({"knobs": "bandwidth"}, ValueError, r"knobs='bandwidth' names no.*'normalize_total.target_sum'"),
         (

@@ -80,8 +80,8 @@ class Dynamics:
         ratio = SteadyState(adjusted=True, percentile=self.percentile, least=self.least[1:]).init(ms, mu)
         steady = _called(ratio, ms, mu, mask)
         columns = np.flatnonzero(np.asarray(steady.genes)) if self.columns is None else np.asarray(self.columns)
-        mean = jax.tree.map(_single, neighbour_mean(graph))
-        counts = np.asarray(ms, np.float32)[:, columns], np.asarray(mu, np.float32)[:, columns]
+        mean = neighbour_mean(graph)
+        counts = np.asarray(ms)[:, columns], np.asarray(mu)[:, columns]
         start, fitted = _fit_in_blocks(*counts, mean)
         found = np.flatnonzero(start.recoverable)
         if not len(found):
@@ -128,10 +128,6 @@ def _called(op: SteadyState, ms: Array, mu: Array, mask: Array | None) -> Steady
     return op(ms, mu, mask=mask)
 
 
-def _single(x: Any) -> Any:
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
 def _fit_in_blocks(ms: np.ndarray, mu: np.ndarray, mean: Any) -> tuple[Start, Fitted]:
     """Start and fit of all genes; blocks are of one width, so that they share compiled code."""
     n, genes = ms.shape
@@ -142,8 +138,8 @@ def _fit_in_blocks(ms: np.ndarray, mu: np.ndarray, mean: Any) -> tuple[Start, Fi
         s, u = (x[:, first : first + width] for x in (ms, mu))
         s, u = (np.pad(x, ((0, 0), (0, width - x.shape[1])), mode="edge") for x in (s, u))
         start = starting_point(u, s)
-        std_u, std_s, *rates = (jnp.asarray(x, jnp.float32) for x in start[3:10])
-        cells = Cells(jnp.asarray(u), jnp.asarray(s), jnp.asarray(start.weight), std_u, std_s, mean)
+        std_u, std_s, *rates = (jnp.asarray(x, s.dtype) for x in start[3:10])
+        cells = Cells.of(jnp.asarray(u), jnp.asarray(s), jnp.asarray(start.weight), std_u, std_s, mean)
         parts.append((start, fit_genes(cells, Rates(*rates), jnp.asarray(start.upper))))
     joined: tuple[Start, Fitted] = jax.tree.map(
         lambda *x: np.concatenate([np.asarray(a) for a in x], -1)[..., :genes], *parts

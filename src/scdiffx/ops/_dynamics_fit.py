@@ -19,11 +19,15 @@ __all__ = ["Cells", "Fitted", "fit_genes"]
 # Jumps of time between consecutive cells: beyond three times this percentile they are cut, at most so many a gene.
 _PERCENTILE = 99.5
 _JUMPS = 16
+_SORTED = 32  # genes
 _UNROLL = 4
 
 
 class Cells(NamedTuple):
-    """Counts of a block of genes (cells, genes), weights of the cells in the loss, spreads, the neighbours' mean."""
+    """Counts of a block of genes (cells, genes), weights of the cells in the loss, spreads, the neighbours' mean.
+
+    `moments` are the means over the neighbours of both counts and of their squares.
+    """
 
     u: Float[Array, "cells genes"]
     s: Float[Array, "cells genes"]
@@ -31,6 +35,16 @@ class Cells(NamedTuple):
     std_u: Float[Array, " genes"]
     std_s: Float[Array, " genes"]
     mean: Any
+    moments: tuple[Array, Array, Array, Array]
+
+    @classmethod
+    def of(cls, u: Array, s: Array, weight: Array, std_u: Array, std_s: Array, mean: Any) -> Cells:
+        return cls(u, s, weight, std_u, std_s, mean, _moments(mean, u, s))
+
+
+@jax.jit
+def _moments(mean: Any, u: Array, s: Array) -> tuple[Array, Array, Array, Array]:
+    return averaged(mean, u), averaged(mean, s), averaged(mean, u**2), averaged(mean, s**2)
 
 
 class State(NamedTuple):
@@ -56,39 +70,54 @@ class Fitted(NamedTuple):
 def _jumps(tau: np.ndarray, on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where times of each gene jump, among cells that are on and those that are off, and how far (2, jumps, genes).
 
-    On the host: NumPy sorts thirty times faster than XLA does on a processor.
+    Times come and go as bits. On the host: NumPy sorts thirty times faster than XLA does on a processor.
     """
-    tau, on = np.ascontiguousarray(np.asarray(tau).T), np.ascontiguousarray(np.asarray(on).T)
-    genes, n = tau.shape
-    # Cells that are on come first in one order, those that are off last in the other: both fit into one row.
-    first, last = np.sort(np.where(on, tau, np.inf), 1), np.sort(np.where(on, -1, tau), 1)
-    count = on.sum(1)
-    place = np.arange(n)
-    is_on = place < count[:, None]
-    ordered = np.where(is_on, first, last)
-    steps = np.empty_like(ordered)
-    steps[:, 0] = ordered[:, 0]
-    steps[:, 1:] = np.diff(ordered, axis=1)
-    boundary = np.flatnonzero((count > 0) & (count < n))
-    steps[boundary, count[boundary]] = ordered[boundary, count[boundary]]
+    bits = np.ascontiguousarray(tau)
+    times: np.ndarray = bits.view(np.float32 if bits.ndim == 2 else np.float64).reshape(bits.shape[0], -1)
+    genes = times.shape[1]
+    where: np.ndarray = np.full((2, _JUMPS, genes), np.inf, times.dtype)
+    size: np.ndarray = np.zeros((2, _JUMPS, genes), times.dtype)
+    # A few genes at a time stay in the cache.
+    for i in range(0, genes, _SORTED):
+        part = slice(i, i + _SORTED)
+        _jumps_of(times[:, part], np.asarray(on)[:, part], where[..., part], size[..., part])
+    return tuple(x.view(np.uint32).reshape(*x.shape, *bits.shape[2:]) for x in (where, size))  # type: ignore
+
+
+def _jumps_of(tau: np.ndarray, on: np.ndarray, where: np.ndarray, size: np.ndarray) -> None:
+    """Write the jumps of a few genes."""
+    ordered, on = np.ascontiguousarray(tau.T), np.ascontiguousarray(on.T)
+    genes, n = ordered.shape
+    # Cells that are on become negative and sort first, the latest before the others.
+    np.negative(ordered, out=ordered, where=on)
+    ordered.sort(1)
+    count, row = on.sum(1), np.arange(genes)
+    is_on = np.arange(n) < count[:, None]
+    gap = np.diff(ordered, axis=1, append=0)
+    steps = np.where(is_on, gap, np.roll(gap, 1, axis=1))
+    some, rest = count > 0, count < n
+    first_on, first_off = (row[some], count[some] - 1), (row[rest], count[rest])
+    steps[first_on], steps[first_off] = -ordered[first_on], ordered[first_off]
     at = (n - 1) * _PERCENTILE / 100
-    low = int(at)
-    top = np.partition(steps, (low, min(low + 1, n - 1)), axis=1)
-    bound = 3 * (top[:, low] + (top[:, min(low + 1, n - 1)] - top[:, low]) * (at - low))
-    gene, which = np.nonzero(steps > bound[:, None])
-    where = np.full((2, _JUMPS, genes), np.inf, np.float32)
-    size = np.zeros((2, _JUMPS, genes), np.float32)
+    low, high = int(at), min(int(at) + 1, n - 1)
+    top = np.partition(steps, (low, high), axis=1)
+    gene, which = np.nonzero(steps > 3 * (top[:, low] + (top[:, high] - top[:, low]) * (at - low))[:, None])
+    side = np.where(is_on[gene, which], 0, 1)
+    # From the earliest to the latest that is on, then of those that are off.
+    order = np.lexsort((np.where(side == 0, count[gene] - 1 - which, which), gene))
+    gene, which, side = gene[order], which[order], side[order]
     rank = np.arange(len(gene)) - np.searchsorted(gene, gene)
     few = rank < _JUMPS
-    side = np.where(is_on[gene, which], 0, 1)
-    where[side[few], rank[few], gene[few]] = ordered[gene, which][few]
-    size[side[few], rank[few], gene[few]] = steps[gene, which][few]
-    return where, size
+    gene, which, side, rank = (x[few] for x in (gene, which, side, rank))
+    where[side, rank, gene], size[side, rank, gene] = np.abs(ordered[gene, which]), steps[gene, which]
 
 
 def _without_jumps(tau: Array, tau_off: Array, on: Array) -> tuple[Array, Array]:
-    shape = jax.ShapeDtypeStruct((2, _JUMPS, tau.shape[1]), jnp.float32)
-    where, size = jax.pure_callback(_jumps, (shape, shape), jnp.where(on, tau, tau_off), on)
+    # As bits: in the threads of callbacks JAX would round double precision.
+    bits = jax.lax.bitcast_convert_type(jnp.where(on, tau, tau_off), jnp.uint32)
+    shape = jax.ShapeDtypeStruct((2, _JUMPS, *bits.shape[1:]), jnp.uint32)
+    found = jax.pure_callback(_jumps, (shape, shape), bits, on)
+    where, size = (jax.lax.bitcast_convert_type(x, tau.dtype) for x in found)
 
     def cut(i: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
         a, b = both
@@ -141,22 +170,26 @@ def _projected(c: Cells, u: Array, r: Rates, end: tuple[Array, Array]) -> tuple[
     return nearest(r.switch, (0.0, 0.0), r.alpha, 0), nearest(horizon, end, 0.0, 1)
 
 
-def _averages(mean: Any, parts: Any) -> Array:
-    return jnp.stack([averaged(mean, d) for d in parts])
+def _from_point(c: Cells, u: Array | float, s: Array | float) -> Array:
+    """The mean over the neighbours of the squared distances to a point, in standard deviations."""
+    mean_u, mean_s, square_u, square_s = c.moments
+    return (square_u - 2 * u * mean_u + u**2) / c.std_u**2 + (square_s - 2 * s * mean_s + s**2) / c.std_s**2
 
 
 def _assign(c: Cells, r: Rates, project: bool) -> tuple[Array, Array, Array, Array]:
-    """Times since start and switch, the time of each cell, and whether transcription is on there."""
+    """Times since start and switch, the time of each cell, and whether transcription is on there.
+
+    Means over neighbours are what takes time, so each is taken once: of the difference where that decides, and of
+    distances to a single point from those of the counts.
+    """
     u = c.u / r.scaling
     end = solution(r.switch, 0.0, 0.0, r.alpha, r.beta, r.gamma)
     tau, tau_off = _times(c, u, r, end, project)
-    off, on = _averages(c.mean, _distances(c, u, r, tau, tau_off, end))
-    tau, tau_off = _without_jumps(tau, tau_off, on < off)
-    std_u = c.std_u / r.scaling
-    steady = ((u - r.alpha / r.beta) / std_u) ** 2 + ((c.s - r.alpha / r.gamma) / c.std_s) ** 2
-    nothing = (u / std_u) ** 2 + (c.s / c.std_s) ** 2
-    options = _averages(c.mean, (*_distances(c, u, r, tau, tau_off, end), nothing, steady))
-    best = jnp.argmin(options, axis=0)
+    off, on = _distances(c, u, r, tau, tau_off, end)
+    tau, tau_off = _without_jumps(tau, tau_off, averaged(c.mean, on - off) < 0)
+    after, before = (averaged(c.mean, d) for d in _distances(c, u, r, tau, tau_off, end))
+    steady = _from_point(c, r.scaling * r.alpha / r.beta, r.alpha / r.gamma)
+    best = jnp.argmin(jnp.stack([after, before, _from_point(c, 0.0, 0.0), steady]), axis=0)
     t = jnp.where(best == 0, tau_off + r.switch, jnp.where(best == 1, tau, jnp.where(best == 2, 0, r.switch)))
     return tau, tau_off, t, ((best == 1) | (best == 2)).astype(jnp.int32)
 

@@ -13,6 +13,7 @@ from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifier
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
+from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
@@ -56,6 +57,8 @@ __all__ = [
     "Graph",
     "HighlyVariable",
     "HighlyVariableResult",
+    "KMeans",
+    "KMeansResult",
     "LatentTime",
     "LatentTimeResult",
     "Leiden",

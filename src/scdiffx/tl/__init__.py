@@ -4,6 +4,7 @@ from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._fate_probabilities import fate_probabilities
+from scdiffx.tl._kmeans import kmeans
 from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._ot_trajectory import ot_trajectory
@@ -22,6 +23,7 @@ __all__ = [
     "diffmap",
     "dpt",
     "fate_probabilities",
+    "kmeans",
     "latent_time",
     "leiden",
     "ot_interpolate",

@@ -331,6 +331,16 @@ CASES = [
         lambda r: r,
         budget=150,
     ),
+    Case(
+        "archetypes",
+        # From given archetypes: what drawn starts lead to depends on the order of the cells.
+        lambda: ops.Archetypes(n_archetypes=4, archetypes=matrices()[2][:4]),
+        lambda d: (d.coordinates,),
+        tuple,
+        budget=250,
+        # Rounding decides in which round the search stops: test_archetypes has a tolerance for that.
+        equivariant=False,
+    ),
     *(
         Case(
             f"kmeans_{name}",

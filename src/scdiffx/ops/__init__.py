@@ -5,6 +5,7 @@ from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
+from scdiffx.ops._archetypes import Archetypes, ArchetypesResult
 from scdiffx.ops._cell_weights import CellWeights
 from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
@@ -37,6 +38,8 @@ __all__ = [
     "KERNELS",
     "PCA",
     "VAE",
+    "Archetypes",
+    "ArchetypesResult",
     "CellWeights",
     "Counts",
     "Denoise",

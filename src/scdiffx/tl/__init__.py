@@ -1,5 +1,6 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._archetypes import archetypes
 from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
@@ -18,6 +19,7 @@ from scdiffx.tl._velocity_embedding import velocity_embedding
 from scdiffx.tl._velocity_graph import velocity_graph
 
 __all__ = [
+    "archetypes",
     "attribution",
     "differential_distribution",
     "diffmap",

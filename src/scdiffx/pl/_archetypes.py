@@ -76,6 +76,7 @@ def archetypes(
     shades: list[Any] = [f"C{i % 10}" for i in order]
     axes = new_axes(ax, (6.0, 5.0))
     _draw_corners(axes, corners, [str(i) for i in order], shades)
+    axes.set_ylim(corners[:, 1].min() - 0.15, corners[:, 1].max() + 0.15)
     points = weights[:, order] @ corners
     area = min(40.0, max(1.0, 40_000 / len(weights))) if size is None else size
     if values is None or color is None:

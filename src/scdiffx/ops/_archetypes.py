@@ -53,8 +53,8 @@ class Archetypes:
     how the mix would change.
     """
 
-    archetypes: Array | None = buffer(default=None)
-    curve: Array | None = buffer(default=None)
+    archetypes: Array | None = buffer(default=None, structure=True)
+    curve: Array | None = buffer(default=None, structure=True)
     mix: Array | None = buffer(default=None, structure=True)
     n_archetypes: int | None = static(default=None)
     max_archetypes: int = static(default=10)

@@ -34,10 +34,11 @@ class KMeansResult(NamedTuple):
 class KMeans:
     """Cluster by Lloyd's iterations (Lloyd 1982) from greedy k-means++ starts (Arthur and Vassilvitskii 2007).
 
-    `init` finds the partition: the best of `n_init` starts, each iterated until no cell moves, scikit-learn's result
-    from the same start; clusters are numbered by size. With `centers` given it iterates from them alone, in their
-    order. So does a refresh: clusters keep their numbers. The partition is structure: its centres, the means of
-    their cells, have the exact derivative of k-means, for away from ties no cell changes its cluster.
+    `init` finds the centres: the best of `n_init` starts, each iterated until no cell moves, scikit-learn's result from
+    the same start; clusters are numbered by size. With `centers` given it iterates from them alone, in their order. The
+    call iterates on from these centres: at once at its end for the same cells, and for others (of a representation
+    that is being learned, or new ones) clusters keep their numbers. The partition is structure: its centres, the
+    means of their cells, have the exact derivative of k-means, for away from ties no cell changes its cluster.
 
     `n_soft` further iterations weigh every cell by its memberships at the learnable `temperature` instead (soft
     k-means), rematerialised on the way back; as it falls to 0 they change nothing. `temperature` None is set at
@@ -47,7 +48,6 @@ class KMeans:
 
     temperature: float | Array | None = learnable(default=None, constraint="positive")
     centers: Array | None = buffer(default=None)
-    labels: Array | None = buffer(default=None, structure=True)
     n_clusters: int = static(default=8)
     n_init: int = static(default=10)
     max_iter: int = static(default=300)
@@ -64,7 +64,7 @@ class KMeans:
             runs = (_lloyd(x, _start(x, self.n_clusters, key), self.max_iter) for key in keys)
             best = min(runs, key=lambda run: float(run.inertia))
             order = jnp.argsort(-jnp.bincount(best.labels, length=self.n_clusters))
-            best = best._replace(centers=best.centers[order], labels=jnp.argsort(order)[best.labels].astype(jnp.int32))
+            best = best._replace(centers=best.centers[order])
         else:
             if self.centers.shape != (self.n_clusters, dims):
                 raise ValueError(f"centers of shape {self.centers.shape} must be {(self.n_clusters, dims)}")
@@ -75,17 +75,18 @@ class KMeans:
         if temperature is None:
             within = 2 * best.inertia / (n * dims)
             temperature = jnp.where(within > 0, within, 1)
-        return replace(self, centers=best.centers + middle, labels=best.labels, temperature=temperature)
+        return replace(self, centers=best.centers + middle, temperature=temperature)
 
     def __call__(self, x: Float[Array, "cells dims"]) -> KMeansResult:
-        if self.centers is None or self.labels is None or self.temperature is None:
-            raise ValueError("KMeans needs its partition: call `op = op.init(x)` first")
+        if self.centers is None or self.temperature is None:
+            raise ValueError("KMeans needs its centres: call `op = op.init(x)` first")
         # Distances do not depend on the origin; near the data they are most exact.
         known = jnp.asarray(self.centers, x.dtype)
         middle = known.mean(0)
         x, known = x - middle, known - middle
         temperature = jnp.asarray(self.temperature, x.dtype)
-        centers = _means(x, jax.nn.one_hot(self.labels, self.n_clusters, dtype=x.dtype), known)
+        held = _lloyd(lax.stop_gradient(x), known, self.max_iter, refill=False).labels
+        centers = _means(x, jax.nn.one_hot(held, self.n_clusters, dtype=x.dtype), known)
 
         def soft(centers: Array, _: None) -> tuple[Array, None]:
             return _means(x, jax.nn.softmax(_nearness(x, centers) / temperature), centers), None
@@ -147,9 +148,11 @@ def _start(x: Float[Array, "cells dims"], n_clusters: int, key: Array) -> Float[
     return x[chosen]
 
 
-@jax.jit
-def _lloyd(x: Float[Array, "cells dims"], start: Float[Array, "clusters dims"], max_iter: int) -> _Run:
-    """Assign and average until no cell moves."""
+@partial(jax.jit, static_argnames="refill")
+def _lloyd(
+    x: Float[Array, "cells dims"], start: Float[Array, "clusters dims"], max_iter: int, refill: bool = True
+) -> _Run:
+    """Assign and average until no cell moves; clusters without cells start anew elsewhere, or stay."""
 
     def going(state: tuple[Array, Array, Array, Array]) -> Array:
         return state[2] & (state[3] < max_iter)
@@ -157,7 +160,7 @@ def _lloyd(x: Float[Array, "cells dims"], start: Float[Array, "clusters dims"], 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         centers, before, _, i = state
         labels = _assigned(x, centers)
-        return _averaged(x, labels, centers), labels, (labels != before).any(), i + 1
+        return _averaged(x, labels, centers, refill), labels, (labels != before).any(), i + 1
 
     nowhere = jnp.full(x.shape[0], -1, jnp.int32)
     centers, labels, moving, _ = lax.while_loop(going, step, (start, nowhere, jnp.asarray(True), jnp.asarray(0)))
@@ -169,17 +172,19 @@ def _assigned(x: Array, centers: Array) -> Int[Array, " cells"]:
     return _nearness(x, centers).argmax(1).astype(jnp.int32)
 
 
-def _averaged(x: Array, labels: Array, centers: Array) -> Array:
+def _averaged(x: Array, labels: Array, centers: Array, refill: bool) -> Array:
     """The means of the clusters; empty ones start anew at the cells farthest from their centres, as in scikit-learn."""
     k = centers.shape[0]
     member = jax.nn.one_hot(labels, k, dtype=x.dtype)
+    if not refill:
+        return _means(x, member, centers)
     empty = member.sum(0) == 0
 
-    def refill(member: Array) -> Array:
+    def moved(member: Array) -> Array:
         distance = ((x - centers[labels]) ** 2).sum(1)
         cells = lax.top_k(distance, k)[1][jnp.cumsum(empty) - 1]
         usable = empty & (distance.max() > 0)
         # Clusters that are not empty point at cells too: only those of empty ones change hands.
         return member.at[jnp.where(usable, cells, x.shape[0])].set(jnp.eye(k, dtype=x.dtype), mode="drop")
 
-    return _means(x, lax.cond(empty.any(), refill, lambda member: member, member), centers)
+    return _means(x, lax.cond(empty.any(), moved, lambda member: member, member), centers)

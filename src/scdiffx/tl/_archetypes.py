@@ -89,7 +89,8 @@ def archetypes(
     Notes
     -----
     In a plan derivatives pass through weights and archetypes, with the mixture of cells that each archetype is held
-    between refreshes; it is found anew, from the archetypes before it, at every refresh.
+    between refreshes; at a refresh it is found anew, from the archetypes before it. A fitted plan searches them anew
+    among the cells it is applied to.
 
     References
     ----------

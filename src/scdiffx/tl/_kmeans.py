@@ -47,7 +47,7 @@ def kmeans(
     n_init
         Number of starts, of which the result with the smallest inertia is kept.
     max_iter
-        Largest number of iterations from each start.
+        Largest number of iterations from each start, and once more from the best result.
     temperature
         Memberships are ``softmax(-distance^2 / temperature)`` over the centres. By default twice the mean variance
         within clusters and per dimension: the posteriors of spherical Gaussians with that variance. In many
@@ -88,8 +88,8 @@ def kmeans(
 
     Notes
     -----
-    In a plan `temperature` can be learned. The partition is found anew at every refresh, from the centres before it;
-    derivatives pass through memberships and centres.
+    In a plan `temperature` can be learned, and derivatives pass through memberships and centres. The centres of the
+    first call stay: wherever the cells have moved, and for new cells, iterations start from them.
 
     References
     ----------

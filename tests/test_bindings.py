@@ -82,6 +82,29 @@ def leiden_keys(key: str) -> dict[str, str]:
     }
 
 
+def archetype_keys(key: str, *extra: str) -> dict[str, str]:
+    return {
+        f"obsm/{'archetype' if key == 'archetypes' else key}_weights": "float32",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/positions": "float32",
+        f"uns/{key}/explained": "float",
+        **{f"uns/{key}/{name}": "float64" for name in extra},
+    }
+
+
+def kmeans_keys(key: str) -> dict[str, str]:
+    return {
+        f"obs/{key}": "category",
+        f"obsm/{key}_probabilities": "float32",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/centers": "float32",
+        f"uns/{key}/inertia": "float",
+        f"uns/{key}/temperature": "float",
+    }
+
+
 def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
     weights = "encoder_in encoder_gain encoder_bias encoder_out encoder_out_bias decoder_in decoder_batch decoder_out"
     curves = ("train", "validation", "validation_nll")
@@ -517,6 +540,15 @@ CASES = [
         FATES,
         {"terminal_states": ["CD19+ B", "CD14+ Monocyte"], "groupby": "cell_type", "time_key": "quality"},
     ),
+    Case(
+        "archetypes",
+        "tl.archetypes",
+        "reduced",
+        archetype_keys("archetypes", "curve", "spread"),
+        {"max_archetypes": 4, "n_init": 1, "n_bootstrap": 2},
+        keyed=archetype_keys("mine", "curve", "spread"),
+    ),
+    Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
     *(
         Case(
@@ -1085,6 +1117,20 @@ REFUSED = [
     ("fate_probabilities", {"priming": "best"}, ValueError, r"priming='best'.*'entropy'"),
     ("fate_probabilities", {"transition_key": "connectivities"}, ValueError, r"\['time_key'\] have no meaning"),
     ("fate_probabilities", {"terminal_states": None, "threshold_scheme": None}, ValueError, "gather nowhere"),
+    ("archetypes", {"n_archetypes": 1}, ValueError, f"n_archetypes=1.*{CELLS}"),
+    ("archetypes", {"n_archetypes": 11}, ValueError, "n_archetypes=11.*10 for 150 cells in 9 dimensions"),
+    ("archetypes", {"max_archetypes": 1}, ValueError, "max_archetypes=1"),
+    ("archetypes", {"n_init": 0}, ValueError, "n_init=0"),
+    ("archetypes", {"max_iter": 0}, ValueError, "max_iter=0"),
+    ("archetypes", {"n_bootstrap": -1}, ValueError, "n_bootstrap=-1"),
+    ("archetypes", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
+    ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
+    ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
+    ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),
+    ("kmeans", {"max_iter": 0}, ValueError, "max_iter=0"),
+    ("kmeans", {"n_soft": -1}, ValueError, "n_soft=-1"),
+    ("kmeans", {"temperature": 0.0}, ValueError, "temperature=0"),
+    ("kmeans", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
     ("velocity_deterministic", {"var_names": ["HES4"]}, ValueError, "var_names has no meaning"),
     ("velocity_deterministic", {"mode": "dynamical", "var_names": ["absent"]}, KeyError, "'absent'"),

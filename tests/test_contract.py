@@ -75,6 +75,7 @@ class Case(NamedTuple):
 # Settings of operators that are tested with others too.
 VARIANTS = {
     "highly_variable_cutoffs",
+    "kmeans_hard",
     "log1p_base_2",
     "magic_on_graph",
     "neighbors_cosine",
@@ -329,6 +330,28 @@ CASES = [
         ),
         lambda r: r,
         budget=150,
+    ),
+    Case(
+        "archetypes",
+        # From given archetypes: what drawn starts lead to depends on the order of the cells.
+        lambda: ops.Archetypes(n_archetypes=4, archetypes=matrices()[2][:4]),
+        lambda d: (d.coordinates,),
+        tuple,
+        budget=250,
+        # Rounding decides in which round the search stops: test_archetypes has a tolerance for that.
+        equivariant=False,
+    ),
+    *(
+        Case(
+            f"kmeans_{name}",
+            # From given centres: what drawn ones lead to depends on the order of the cells.
+            lambda settings=settings: ops.KMeans(n_clusters=4, centers=matrices()[2][:4], **settings),
+            lambda d: (d.coordinates,),
+            lambda r: (r.memberships, r.centers, r.inertia),
+            budget=150,
+            learns=("temperature",),
+        )
+        for name, settings in (("hard", {"temperature": 3.0}), ("soft", {"temperature": 5.0, "n_soft": 3}))
     ),
     Case(
         "moments",

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 import scdiffx as sd
@@ -468,6 +469,43 @@ def test_fates_that_cannot_be_drawn_are_refused() -> None:
     adata.obsm["lineages_fwd"][:] = np.nan
     with pytest.raises(ValueError, match="no cell has a fate"):
         sd.pl.fate_probabilities(adata)
+
+
+def test_archetypes_are_corners_and_cells_their_mixtures() -> None:
+    adata = ordered_cells(4, 200)
+    weights = np.random.default_rng(0).dirichlet(np.full(3, 0.5), 200)
+    weights[0] = [0, 1, 0]
+    adata.obsm["archetype_weights"] = weights.astype(np.float32)
+    corners = np.array([[0, 1], [np.sqrt(0.75), -0.5], [-np.sqrt(0.75), -0.5]])
+    ax = sd.pl.archetypes(adata, show=False)
+    cells = ax.collections[-1]
+    np.testing.assert_allclose(cells.get_offsets(), weights @ corners, atol=1e-6)
+    labels = {text.get_text(): text for text in ax.texts}
+    assert set(labels) == {"0", "1", "2"}
+    np.testing.assert_allclose(labels["1"].get_position(), 1.1 * corners[1], atol=1e-12)
+    # A pure cell has the colour of its corner.
+    np.testing.assert_allclose(cells.get_facecolors()[0], to_rgba(labels["1"].get_color()), atol=1e-6)
+    assert len(np.unique(cells.get_facecolors(), axis=0)) > 100
+    assert inside(ax)
+    ax = sd.pl.archetypes(adata, color="dpt_pseudotime", show=False)
+    np.testing.assert_allclose(ax.collections[-1].get_array(), adata.obs["dpt_pseudotime"])
+    adata.obsm["mine_weights"] = np.random.default_rng(1).dirichlet(np.ones(6), 200)
+    ax = sd.pl.archetypes(adata, key="mine", color="group", show=False)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(adata.obs["group"].cat.categories)
+    assert inside(ax)
+    assert pixels(ax.figure)[..., :3].std() > 10
+
+
+def test_archetypes_that_cannot_be_drawn_are_refused() -> None:
+    adata = ordered_cells()
+    with pytest.raises(KeyError, match=r"key='archetypes'.*run `sd\.tl\.archetypes` first"):
+        sd.pl.archetypes(adata)
+    adata.obsm["archetype_weights"] = np.full((adata.n_obs, 2), 0.5)
+    with pytest.raises(ValueError, match=r"at least 3 archetypes.*has 2"):
+        sd.pl.archetypes(adata)
+    adata.obsm["archetype_weights"] = np.full((adata.n_obs, 3), 1 / 3)
+    with pytest.raises(KeyError, match=r"color='absent'.*'group'"):
+        sd.pl.archetypes(adata, color="absent")
 
 
 def switching() -> ad.AnnData:

@@ -5,6 +5,7 @@ from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
+from scdiffx.ops._archetypes import Archetypes, ArchetypesResult
 from scdiffx.ops._cell_weights import CellWeights
 from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
@@ -13,6 +14,7 @@ from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifier
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
+from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._magic import Magic, MagicResult
@@ -37,6 +39,8 @@ __all__ = [
     "KERNELS",
     "PCA",
     "VAE",
+    "Archetypes",
+    "ArchetypesResult",
     "CellWeights",
     "Counts",
     "Denoise",
@@ -57,6 +61,8 @@ __all__ = [
     "Graph",
     "HighlyVariable",
     "HighlyVariableResult",
+    "KMeans",
+    "KMeansResult",
     "LatentTime",
     "LatentTimeResult",
     "Leiden",

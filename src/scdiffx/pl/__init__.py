@@ -1,6 +1,7 @@
 """Plots of what scanpy does not draw: Matplotlib on the keys of an AnnData."""
 
 from scdiffx.pl._ambient import ambient
+from scdiffx.pl._archetypes import archetypes
 from scdiffx.pl._attribution import attribution
 from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fate_probabilities import fate_probabilities
@@ -12,6 +13,7 @@ from scdiffx.pl._velocity_stream import velocity_stream
 
 __all__ = [
     "ambient",
+    "archetypes",
     "attribution",
     "doublets",
     "fate_probabilities",

@@ -1,10 +1,12 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._archetypes import archetypes
 from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._fate_probabilities import fate_probabilities
 from scdiffx.tl._influence import influence
+from scdiffx.tl._kmeans import kmeans
 from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._ot_trajectory import ot_trajectory
@@ -19,12 +21,14 @@ from scdiffx.tl._velocity_embedding import velocity_embedding
 from scdiffx.tl._velocity_graph import velocity_graph
 
 __all__ = [
+    "archetypes",
     "attribution",
     "differential_distribution",
     "diffmap",
     "dpt",
     "fate_probabilities",
     "influence",
+    "kmeans",
     "latent_time",
     "leiden",
     "ot_interpolate",

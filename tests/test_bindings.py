@@ -787,8 +787,7 @@ FORMATS: dict[str, Callable[[sp.csr_matrix], Any]] = {
 }
 # The others differ from these in what numpy and scipy make of them.
 FORMATS_MARKED = [
-    form if form in ("csc_array", "dense", "csr_float64") else pytest.param(form, marks=pytest.mark.slow)
-    for form in FORMATS
+    form if form in ("csc_array", "dense") else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS
 ]
 
 

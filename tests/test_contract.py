@@ -72,8 +72,10 @@ class Case(NamedTuple):
     slow: bool = False
 
 
-# Settings of operators that are tested with others too.
+# Settings of operators that are tested with others too, and what takes long to compile: these are slow tests.
 VARIANTS = {
+    "denoise",
+    "doublet_classifier",
     "highly_variable_cutoffs",
     "kmeans_hard",
     "log1p_base_2",

@@ -66,6 +66,7 @@ def test_of_the_target_sum_on_a_component_is_its_closed_form() -> None:
     assert "mine" not in adata.obsm
 
 
+@pytest.mark.slow
 def test_it_predicts_refits_with_the_structure_held() -> None:
     adata = pbmc_counts(60, 40)
     adata.X = adata.X.astype(np.float64)

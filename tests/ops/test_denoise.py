@@ -226,6 +226,7 @@ def test_log_values_are_met_with_a_warning(adata: ad.AnnData) -> None:
         sd.pp.denoise(logs, max_epochs=1, progress=False)
 
 
+@pytest.mark.slow
 def test_in_a_plan_the_network_can_be_fitted_and_saved(adata: ad.AnnData, tmp_path: Any) -> None:
     part = adata[:120].copy()
     genes = list(part.var_names[part.X.toarray().sum(0).argsort()[-5:]])

@@ -208,6 +208,7 @@ def test_planted_doublets_are_found_better_than_by_neighbours() -> None:
     assert truth[adata.obs["predicted_doublet"]].mean() > 0.4
 
 
+@pytest.mark.slow
 def test_batches_and_a_given_threshold() -> None:
     # The first batch has the counts of the second with the genes reversed: other cells, for the same compiled code.
     alone = pbmc_counts(100, 80)

@@ -234,6 +234,7 @@ def test_interpolation_draws_pairs_from_the_coupling() -> None:
     np.testing.assert_allclose(mean, 0.75 * x + 0.25 * (plan / growth[:, None]) @ y, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_interpolation_ends_in_the_cells_and_repeats_with_a_seed() -> None:
     adata = coupled()
     for time, k in ((0, 0), (18.0, 2)):

@@ -301,6 +301,7 @@ def test_new_genes_are_drawn_from_the_fitted_distributions(paul15: ad.AnnData) -
     assert abs(np.log(made.X.sum() / 300 / (paul15.X.sum() / paul15.n_obs))) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_of_rates_and_moments(small) -> None:
     op, state, batch = small

@@ -35,6 +35,7 @@ def trained() -> tuple[ops.Solo, ops.Counts, np.ndarray]:
     return ops.Solo(vae=SHORT).init(x), x, truth
 
 
+@pytest.mark.slow
 def test_planted_doublets_of_single_depth_score_higher(trained: tuple[ops.Solo, ops.Counts, np.ndarray]) -> None:
     op, x, truth = trained
     result = called(op, x)

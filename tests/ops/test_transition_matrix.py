@@ -158,6 +158,7 @@ def test_states_that_are_looked_for() -> None:
     assert list(back.uns["fate"]["names"]) == ["stem"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_in_a_plan_derivatives_reach_layers_and_settings() -> None:
     adata = two_arms()

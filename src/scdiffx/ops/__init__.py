@@ -12,6 +12,7 @@ from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime,
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
+from scdiffx.ops._harmony import Harmony, HarmonyGroups, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
@@ -54,6 +55,10 @@ __all__ = [
     "FateProbabilities",
     "FateProbabilitiesResult",
     "Graph",
+    "Harmony",
+    "HarmonyGroups",
+    "HarmonyResult",
+    "HarmonySettings",
     "HighlyVariable",
     "HighlyVariableResult",
     "LatentTime",

@@ -21,6 +21,7 @@ _STILL = 1e-6
 # The objective is reported for so many cells.
 _SCALE = 2000
 _MOST_CLUSTERS = 100
+_TRIALS = 6
 _CELLS_PER_CLUSTER = 30
 # Rows whose distances to all centroids are held at once in k-means.
 _ROWS = 8192
@@ -292,17 +293,38 @@ class Harmony:
             penalty = self.alpha * expected
         else:
             penalty = jnp.broadcast_to(_for_each(self.lamb, self.groups.column, total.dtype), keep.shape)
-        mass, sums = total.T * used, sums * used[:, :, None]
-        seen = jnp.concatenate([alive[:, None].astype(total.dtype), keep], 1)
-        design = jnp.concatenate([jnp.ones((len(model.members), 1), total.dtype), model.members], 1)
-        # What is left out becomes a row and a column of the unit matrix.
-        gram = jnp.einsum("kj,ja,jb->kab", mass, design, design) * seen[:, :, None] * seen[:, None, :]
-        ridge = jnp.concatenate([jnp.zeros((len(keep), 1), total.dtype), penalty * keep], 1) + 1 - seen
-        gram = gram + ridge[:, :, None] * jnp.eye(design.shape[1], dtype=total.dtype)
-        right = jnp.einsum("kjd,ja->kad", sums, design) * seen[:, :, None]
-        weight = jnp.linalg.solve(gram, right)
-        centroids = jnp.where(alive[:, None], _unit(weight[:, 0]), centroids)
-        return jnp.einsum("ja,kad->kjd", model.members, weight[:, 1:]), centroids
+        if len(model.columns) == 1:
+            weight, intercept = _one_column(observed * keep, penalty, sums * keep[:, :, None], keep, alive)
+        else:
+            weight, intercept = _several_columns(model, total.T * used, penalty, sums * used[:, :, None], keep, alive)
+        centroids = jnp.where(alive[:, None], _unit(intercept), centroids)
+        return jnp.einsum("jb,kbd->kjd", model.members, weight), centroids
+
+
+def _one_column(
+    mass: Array, penalty: Array, sums: Array, keep: Array, alive: Array
+) -> tuple[Float[Array, "clusters batches dims"], Float[Array, "clusters dims"]]:
+    """Ridge coefficients and intercepts for one column of batches, whose levels are the batches."""
+    shrink = keep * penalty / (mass + penalty)
+    whole = jnp.where(alive, (shrink * mass).sum(1), 1)
+    intercept = (shrink[:, :, None] * sums).sum(1) / whole[:, None]
+    residual = sums - mass[:, :, None] * intercept[:, None, :]
+    return residual * (keep / (mass + penalty))[:, :, None], intercept
+
+
+def _several_columns(
+    model: _Model, mass: Array, penalty: Array, sums: Array, keep: Array, alive: Array
+) -> tuple[Float[Array, "clusters batches dims"], Float[Array, "clusters dims"]]:
+    """The same for several columns, of which each cell has a batch in each."""
+    seen = jnp.concatenate([alive[:, None].astype(mass.dtype), keep], 1)
+    design = jnp.concatenate([jnp.ones((len(model.members), 1), mass.dtype), model.members], 1)
+    gram = jnp.einsum("kj,ja,jb->kab", mass, design, design) * seen[:, :, None] * seen[:, None, :]
+    # What is left out becomes a row and a column of the unit matrix; the intercept has no penalty.
+    ridge = jnp.concatenate([jnp.zeros((len(keep), 1), mass.dtype), penalty * keep], 1) + 1 - seen
+    gram = gram + ridge[:, :, None] * jnp.eye(design.shape[1], dtype=mass.dtype)
+    right = jnp.einsum("kjd,ja->kad", sums, design) * seen[:, :, None]
+    weight = jnp.linalg.solve(gram, right)
+    return weight[:, 1:], weight[:, 0]
 
 
 def _log_penalty(model: _Model, total: Float[Array, "levels clusters"]) -> Float[Array, "batches clusters"]:
@@ -351,11 +373,16 @@ def _kmeans(z: np.ndarray, nclust: int, rng: np.random.Generator) -> np.ndarray:
     length = np.linalg.norm(z, axis=1, keepdims=True)
     unit = (z / np.where(length > 0, length, 1)).astype(z.dtype)
     centroids = np.empty((nclust, z.shape[1]), z.dtype)
-    near = np.full(len(z), np.inf)
+    near = np.ones(len(z))
     for k in range(nclust):
-        weight = np.cumsum(near if k and near.sum() > 0 else np.ones(len(z)))
-        centroids[k] = unit[min(np.searchsorted(weight, rng.random() * weight[-1], "right"), len(z) - 1)]
-        near = np.minimum(near, np.maximum(((unit - centroids[k]) ** 2).sum(1), 0))
+        # The best of a few random candidates, as in scikit-learn: starts differ less.
+        sums = np.cumsum(near if near.sum() > 0 else np.ones(len(z)))
+        drawn = np.searchsorted(sums, rng.random(_TRIALS if k else 1) * sums[-1], "right")
+        chosen = unit[np.minimum(drawn, len(z) - 1)]
+        apart = np.maximum(2 - 2 * (unit @ chosen.T), 0) * (length > 0) + (length == 0)
+        apart = np.minimum(near[:, None], apart) if k else apart
+        best = apart.sum(0).argmin()
+        centroids[k], near = chosen[best], apart[:, best]
     for _ in range(_LLOYD):
         label = _nearest_centroid(unit, centroids)
         count = np.bincount(label, minlength=nclust)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Array, Bool, Float, Int
 
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
+from scdiffx._core.runtime import one_blas_thread
+from scdiffx.ops._harmony_start import directions, levels
 
 __all__ = ["Harmony", "HarmonyGroups", "HarmonyResult", "HarmonySettings"]
 
-# The start is k-means of so many rounds, or until centroids move less than this.
-_LLOYD = 25
-_STILL = 1e-6
 # The objective is reported for so many cells.
 _SCALE = 2000
 _MOST_CLUSTERS = 100
-_TRIALS = 6
 _CELLS_PER_CLUSTER = 30
-# Rows whose distances to all centroids are held at once in k-means.
-_ROWS = 8192
 
 
 class HarmonyResult(NamedTuple):
@@ -75,15 +71,24 @@ class _Cells(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """What is the same in all rounds."""
+    """What is the same in all rounds. The ridge penalty is `alpha` times the expected cells, plus `lamb`."""
 
     theta: Float[Array, " batches"]
     sigma: Float[Array, " clusters"]
-    share: Float[Array, "batches 1"]
+    alpha: Array
+    lamb: Float[Array, " batches"]
     size: Float[Array, "batches 1"]
+    share: Float[Array, "batches 1"]
     members: Float[Array, "levels batches"]
     columns: Float[Array, "columns batches"]
     scale: Array
+
+
+class _State(NamedTuple):
+    """What a round changes."""
+
+    corrected: Float[Array, "blocks size dims"]
+    centroids: Float[Array, "clusters dims"]
 
 
 @operator
@@ -121,10 +126,11 @@ class Harmony:
             raise ValueError(f"nclust={nclust} must be at least 1 and at most {n}, the cells")
         seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
         rng = np.random.default_rng(seed)
-        level, members, column = _levels(batches)
-        start = _kmeans(np.asarray(z), nclust, rng)
-        groups = HarmonyGroups(start, rng.permutation(n).astype(np.int32), level, members, column)
-        op = replace(self, groups=HarmonyGroups(*(jnp.asarray(a) for a in groups)), nclust=nclust)
+        level, members, column = levels(batches)
+        with one_blas_thread():
+            start = directions(np.asarray(z), nclust, rng)
+        parts = (start, rng.permutation(n).astype(np.int32), level, members, column)
+        op = replace(self, groups=HarmonyGroups(*(jnp.asarray(a) for a in parts)), nclust=nclust)
         op._check(len(batches), len(column))
         if op.lamb is not None:
             op = replace(op, alpha=None)
@@ -149,43 +155,16 @@ class Harmony:
             raise ValueError("Harmony needs its start: call `op = op.init(z, batch)` first")
         cells, model = self._cells(z, g), self._model(z, g, len(batches))
         own = jax.nn.one_hot(g.start, self.nclust, dtype=z.dtype)
-        state = (cells.z, _unit(own.T @ _unit(z)))
-        most = self.rounds or self.settings.max_iter_harmony
+        state = _State(cells.z, _unit(own.T @ _unit(z)))
         if self.rounds:
-
-            def again(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-                *state, first, last = jax.checkpoint(self._round)(cells, model, *state)
-                return tuple(state), (first, last)
-
-            (corrected, centroids), (first, last) = jax.lax.scan(again, state, None, length=most)
-            objective = jnp.concatenate([first[:1], last])
-            rounds = jnp.asarray(most)
+            again = jax.checkpoint(partial(_round, self.settings, cells, model))
+            state, (first, last) = jax.lax.scan(lambda state, _: again(state), state, None, length=self.rounds)
+            objective, rounds = jnp.concatenate([first[:1], last]), jnp.asarray(self.rounds)
         else:
-            corrected, centroids, objective, rounds = self._until_still(cells, model, state)
-        flat = corrected.reshape(-1, z.shape[1])[: z.shape[0]]
-        back = jnp.zeros_like(z).at[g.order].set(flat, unique_indices=True)
-        return HarmonyResult(back, centroids, objective, rounds)
-
-    def _until_still(
-        self, cells: _Cells, model: _Model, state: tuple[Array, Array]
-    ) -> tuple[Array, Array, Array, Array]:
-        """Rounds until the objective hardly falls, or rises."""
-        most = self.settings.max_iter_harmony
-
-        def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
-            *_, objective, i = carry
-            old, new = objective[i - 1], objective[i]
-            still = (old - new) / jnp.abs(old) < self.settings.epsilon_harmony
-            return (i < most) & ~((i > 0) & still)
-
-        def step(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            *state, objective, i = carry
-            *state, first, last = self._round(cells, model, *state)
-            objective = objective.at[0].set(jnp.where(i == 0, first, objective[0])).at[i + 1].set(last)
-            return *state, objective, i + 1
-
-        objective = jnp.full(most + 1, jnp.nan, state[0].dtype)
-        return jax.lax.while_loop(unfinished, step, (*state, objective, jnp.asarray(0)))
+            state, objective, rounds = _until_still(self.settings, cells, model, state)
+        flat = state.corrected.reshape(-1, z.shape[1])[: z.shape[0]]
+        corrected = jnp.zeros_like(z).at[g.order].set(flat, unique_indices=True)
+        return HarmonyResult(corrected, state.centroids, objective, rounds)
 
     def _cells(self, z: Array, g: HarmonyGroups) -> _Cells:
         n, dims = z.shape
@@ -199,106 +178,128 @@ class Harmony:
     def _model(self, z: Array, g: HarmonyGroups, columns: int) -> _Model:
         members = g.members.astype(z.dtype)
         size = members.T @ jnp.zeros(members.shape[0], z.dtype).at[g.level].add(1)
-        sigma = jnp.broadcast_to(jnp.asarray(self.sigma, z.dtype), (self.nclust or 0,))
         return _Model(
-            _for_each(self.theta, g.column, z.dtype),
-            sigma,
-            (size / z.shape[0])[:, None],
-            size[:, None],
-            members,
-            jax.nn.one_hot(g.column, columns, dtype=z.dtype).T,
-            jnp.asarray(_SCALE / len(z), z.dtype),
+            theta=_for_each(self.theta, g.column, z.dtype),
+            sigma=jnp.broadcast_to(jnp.asarray(self.sigma, z.dtype), (self.nclust or 0,)),
+            alpha=jnp.asarray(0 if self.alpha is None else self.alpha, z.dtype),
+            lamb=_for_each(0 if self.lamb is None else self.lamb, g.column, z.dtype),
+            size=size[:, None],
+            share=(size / z.shape[0])[:, None],
+            members=members,
+            columns=jax.nn.one_hot(g.column, columns, dtype=z.dtype).T,
+            scale=jnp.asarray(_SCALE / z.shape[0], z.dtype),
         )
 
-    def _round(self, cells: _Cells, model: _Model, corrected: Array, centroids: Array) -> tuple[Array, ...]:
-        """One round: the corrected cells, the centroids, and the objective before and after the clustering."""
-        levels = model.members.shape[0]
-        unit = _unit(corrected)
 
-        def log_assign(unit: Array, level: Array, penalty: Array | None) -> tuple[Array, Array, Array]:
-            """Log probabilities, distances and the levels as indicators, of the cells of a block."""
-            belongs = jax.nn.one_hot(level, levels, dtype=unit.dtype)
-            distance = 2 * (1 - unit @ centroids.T)
-            odds = -distance / model.sigma
-            if penalty is not None:
-                odds = odds + belongs @ penalty
-            return jax.nn.log_softmax(odds), distance, belongs
+def _until_still(
+    settings: HarmonySettings, cells: _Cells, model: _Model, state: _State
+) -> tuple[_State, Float[Array, " rounds_plus_1"], Array]:
+    """Rounds until the objective hardly falls, or rises."""
+    most = settings.max_iter_harmony
 
-        def energy(log_p: Array, distance: Array, belongs: Array) -> Array:
-            return (belongs.sum(1) * (jnp.exp(log_p) * (distance + model.sigma * log_p)).sum(1)).sum()
+    def unfinished(carry: tuple[_State, Array, Array]) -> Array:
+        _, objective, i = carry
+        old, new = objective[i - 1], objective[i]
+        still = (old - new) / jnp.abs(old) < settings.epsilon_harmony
+        return (i < most) & ((i == 0) | ~still)
 
-        def first(block: tuple[Array, Array]) -> tuple[Array, Array]:
-            log_p, distance, belongs = log_assign(*block, None)
-            return belongs.T @ jnp.exp(log_p), energy(log_p, distance, belongs)
+    def step(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
+        state, objective, i = carry
+        state, (first, last) = _round(settings, cells, model, state)
+        objective = objective.at[0].set(jnp.where(i == 0, first, objective[0])).at[i + 1].set(last)
+        return state, objective, i + 1
 
-        def assign(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, ...]]:
-            """Take a block out of the totals, assign it by what is left, and put it back."""
-            unit, level, old = block
-            rest = total - old
-            log_p, distance, belongs = log_assign(unit, level, model.members @ _log_penalty(model, rest))
-            p = jnp.exp(log_p)
-            new = belongs.T @ p
-            return rest + new, (new, p, energy(log_p, distance, belongs))
+    objective = jnp.full(most + 1, jnp.nan, cells.z.dtype)
+    return jax.lax.while_loop(unfinished, step, (state, objective, jnp.asarray(0)))
 
-        @jax.checkpoint
-        def one_pass(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-            total, (new, *_rest) = jax.lax.scan(assign, state[0], (unit, cells.level, state[1]))
-            return (total, new), None
 
-        old, before = jax.lax.map(first, (unit, cells.level))
-        total = old.sum(0)
-        start = before.sum() + _diversity(model, total)
-        passes = self.settings.max_iter_kmeans - 1
-        (total, old), _ = jax.lax.scan(one_pass, (total, old), None, length=passes)
-        total, (_, p, after) = jax.lax.scan(jax.checkpoint(assign), total, (unit, cells.level, old))
-        corrected, centroids = self._correct(cells, model, total, p, centroids)
-        return corrected, centroids, start * model.scale, (after.sum() + _diversity(model, total)) * model.scale
+def _round(
+    settings: HarmonySettings, cells: _Cells, model: _Model, state: _State
+) -> tuple[_State, tuple[Array, Array]]:
+    """One round of clustering and correction, and the objective before and after the clustering.
 
-    def _correct(
-        self, cells: _Cells, model: _Model, total: Array, p: Array, centroids: Array
-    ) -> tuple[Array, Array]:
-        """The original cells less what the batches explain in each cluster, and the intercepts."""
-        levels, dims, clusters = total.shape[0], cells.z.shape[2], total.shape[1]
+    A block's assignments are a function of what the other blocks have put into each cluster, so only these totals are
+    kept from pass to pass, and those of the last pass are the only assignments that are held for all cells.
+    """
+    levels = model.members.shape[0]
+    unit = _unit(state.corrected)
 
-        def add(sums: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            z, level, p = block
-            belongs = jax.nn.one_hot(level, levels, dtype=z.dtype)
-            spread = (belongs[:, :, None] * z[:, None, :]).reshape(len(z), -1)
-            return sums + p.T @ spread, None
+    def probabilities(unit: Array, level: Array, penalty: Array | None) -> tuple[Array, Array, Array]:
+        """Of the cells of a block: assignments, their totals in each level, and their part of the objective."""
+        belongs = jax.nn.one_hot(level, levels, dtype=unit.dtype)
+        distance = 2 * (1 - unit @ state.centroids.T)
+        odds = -distance / model.sigma
+        log_p = jax.nn.log_softmax(odds if penalty is None else odds + belongs @ penalty)
+        p = jnp.exp(log_p)
+        energy = ((p * (distance + model.sigma * log_p)).sum(1) * belongs.sum(1)).sum()
+        return p, belongs.T @ p, energy
 
-        empty = jnp.zeros((clusters, levels * dims), total.dtype)
-        sums, _ = jax.lax.scan(jax.checkpoint(add), empty, (cells.z, cells.level, p))
-        shift, centroids = self._ridge(model, total, sums.reshape(clusters, levels, dims), centroids)
-        shift = shift.reshape(clusters, -1)
+    def assign(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
+        """Take a block out of the totals, assign its cells by what is left, and put it back."""
+        unit, level, old = block
+        rest = total - old
+        p, new, energy = probabilities(unit, level, model.members @ _log_penalty(model, rest))
+        return rest + new, (p, new, energy)
 
-        @jax.checkpoint
-        def moved(block: tuple[Array, Array, Array]) -> Array:
-            z, level, p = block
-            belongs = jax.nn.one_hot(level, levels, dtype=z.dtype)
-            return z - ((p @ shift).reshape(len(z), levels, dims) * belongs[:, :, None]).sum(1)
+    @jax.checkpoint
+    def one_pass(sums: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        total, (_, new, _) = jax.lax.scan(assign, sums[0], (unit, cells.level, sums[1]))
+        return (total, new), None
 
-        return jax.lax.map(moved, (cells.z, cells.level, p)), centroids
+    old, before = jax.lax.map(lambda block: probabilities(block[0], block[1], None)[1:], (unit, cells.level))
+    total = old.sum(0)
+    first = before.sum() + _diversity(model, total)
+    (total, old), _none = jax.lax.scan(one_pass, (total, old), None, length=settings.max_iter_kmeans - 1)
+    total, (p, _new, after) = jax.lax.scan(jax.checkpoint(assign), total, (unit, cells.level, old))
+    last = after.sum() + _diversity(model, total)
+    state = _corrected(settings.batch_prop_cutoff, cells, model, total, p, state.centroids)
+    return state, (first * model.scale, last * model.scale)
 
-    def _ridge(self, model: _Model, total: Array, sums: Array, centroids: Array) -> tuple[Array, Array]:
-        """For each cluster: what its batches add to the cells of each level, and the intercept's direction."""
-        observed = (model.members.T @ total).T
-        expected = (model.share * total.sum(0)).T
-        keep = jax.lax.stop_gradient(observed) / model.size.T > self.settings.batch_prop_cutoff
-        # A column of which one batch is left in a cluster says nothing there.
-        several = (keep.astype(total.dtype) @ model.columns.T) > 1
-        keep = (keep & (several.astype(total.dtype) @ model.columns > 0)).astype(total.dtype)
-        alive = keep.sum(1) > 0
-        used = (keep @ model.members.T > 0).astype(total.dtype)
-        if self.lamb is None:
-            penalty = self.alpha * expected
-        else:
-            penalty = jnp.broadcast_to(_for_each(self.lamb, self.groups.column, total.dtype), keep.shape)
-        if len(model.columns) == 1:
-            weight, intercept = _one_column(observed * keep, penalty, sums * keep[:, :, None], keep, alive)
-        else:
-            weight, intercept = _several_columns(model, total.T * used, penalty, sums * used[:, :, None], keep, alive)
-        centroids = jnp.where(alive[:, None], _unit(intercept), centroids)
-        return jnp.einsum("jb,kbd->kjd", model.members, weight), centroids
+
+def _corrected(cutoff: float, cells: _Cells, model: _Model, total: Array, p: Array, centroids: Array) -> _State:
+    """The original cells less what the batches explain in each cluster, and the intercepts."""
+    (levels, clusters), dims = total.shape, cells.z.shape[2]
+
+    def add(sums: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        z, level, p = block
+        belongs = jax.nn.one_hot(level, levels, dtype=z.dtype)
+        return sums + p.T @ (belongs[:, :, None] * z[:, None, :]).reshape(len(z), -1), None
+
+    empty = jnp.zeros((clusters, levels * dims), total.dtype)
+    sums, _ = jax.lax.scan(jax.checkpoint(add), empty, (cells.z, cells.level, p))
+    shift, centroids = _ridge(cutoff, model, total, sums.reshape(clusters, levels, dims), centroids)
+
+    @jax.checkpoint
+    def moved(block: tuple[Array, Array, Array]) -> Array:
+        z, level, p = block
+        belongs = jax.nn.one_hot(level, levels, dtype=z.dtype)
+        by_level = (p @ shift.reshape(clusters, -1)).reshape(len(z), levels, dims)
+        return z - (by_level * belongs[:, :, None]).sum(1)
+
+    return _State(jax.lax.map(moved, (cells.z, cells.level, p)), centroids)
+
+
+def _ridge(
+    cutoff: float, model: _Model, total: Array, sums: Float[Array, "clusters levels dims"], centroids: Array
+) -> tuple[Float[Array, "clusters levels dims"], Float[Array, "clusters dims"]]:
+    """For each cluster: what its batches add to the cells of each level, and the intercept's direction."""
+    dtype = total.dtype
+    observed = (model.members.T @ total).T
+    keep = jax.lax.stop_gradient(observed) / model.size.T > cutoff
+    # A column of which one batch is left in a cluster says nothing there.
+    several = (keep.astype(dtype) @ model.columns.T) > 1
+    keep = (keep & (several.astype(dtype) @ model.columns > 0)).astype(dtype)
+    alive = keep.sum(1) > 0
+    used = (keep @ model.members.T > 0).astype(dtype)
+    expected = (model.share * total.sum(0)).T
+    penalty = model.alpha * expected + model.lamb
+    mass, sums = total.T * used, sums * used[:, :, None]
+    if len(model.columns) == 1:
+        weight, intercept = _one_column(mass, penalty, sums, keep, alive)
+    else:
+        weight, intercept = _several_columns(model, mass, penalty, sums, keep, alive)
+    centroids = jnp.where(alive[:, None], _unit(intercept), centroids)
+    return jnp.einsum("jb,kbd->kjd", model.members, weight), centroids
 
 
 def _one_column(
@@ -344,60 +345,9 @@ def _unit(x: Array) -> Array:
     return x * jnp.where(squared > 0, jax.lax.rsqrt(jnp.where(squared > 0, squared, 1)), 0)
 
 
-def _for_each(value: float | Array | None, column: Array, dtype: np.dtype) -> Float[Array, " batches"]:
+def _for_each(value: float | Array, column: Array, dtype: np.dtype) -> Float[Array, " batches"]:
     """A number for each batch, from one for all, for each column or for each batch."""
     value = jnp.asarray(value, dtype)
     if value.ndim and value.shape != column.shape:
         return value[column]
     return jnp.broadcast_to(value, column.shape)
-
-
-def _levels(batches: tuple[Array, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The combination of batches of each cell, the batches of each combination, and the column of each batch."""
-    if not batches:
-        raise ValueError("Harmony needs the batch of each cell: `op.init(z, batch)`")
-    codes, column, first = [], [], 0
-    for i, batch in enumerate(batches):
-        names, code = np.unique(np.asarray(batch), return_inverse=True)
-        codes.append(code.ravel() + first)
-        column += [i] * len(names)
-        first += len(names)
-    combined, level = np.unique(np.stack(codes, 1), axis=0, return_inverse=True)
-    members = np.zeros((len(combined), first), bool)
-    members[np.arange(len(combined))[:, None], combined] = True
-    return level.ravel().astype(np.int32), members, np.asarray(column, np.int32)
-
-
-def _kmeans(z: np.ndarray, nclust: int, rng: np.random.Generator) -> np.ndarray:
-    """Clusters of the directions of the cells by k-means from a k-means++ start."""
-    length = np.linalg.norm(z, axis=1, keepdims=True)
-    unit = (z / np.where(length > 0, length, 1)).astype(z.dtype)
-    centroids = np.empty((nclust, z.shape[1]), z.dtype)
-    near = np.ones(len(z))
-    for k in range(nclust):
-        # The best of a few random candidates, as in scikit-learn: starts differ less.
-        sums = np.cumsum(near if near.sum() > 0 else np.ones(len(z)))
-        drawn = np.searchsorted(sums, rng.random(_TRIALS if k else 1) * sums[-1], "right")
-        chosen = unit[np.minimum(drawn, len(z) - 1)]
-        apart = np.maximum(2 - 2 * (unit @ chosen.T), 0) * (length > 0) + (length == 0)
-        apart = np.minimum(near[:, None], apart) if k else apart
-        best = apart.sum(0).argmin()
-        centroids[k], near = chosen[best], apart[:, best]
-    for _ in range(_LLOYD):
-        label = _nearest_centroid(unit, centroids)
-        count = np.bincount(label, minlength=nclust)
-        own = sp.csr_matrix((np.ones(len(z), z.dtype), label, np.arange(len(z) + 1)), shape=(len(z), nclust))
-        moved = np.where(count[:, None] > 0, (own.T @ unit) / np.maximum(count, 1)[:, None], centroids)
-        change = np.linalg.norm(moved - centroids)
-        centroids = moved.astype(z.dtype)
-        if change < _STILL:
-            break
-    return _nearest_centroid(unit, centroids)
-
-
-def _nearest_centroid(unit: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    half = (centroids**2).sum(1) / 2
-    parts = [
-        np.argmax(unit[i : i + _ROWS] @ centroids.T - half, axis=1).astype(np.int32) for i in range(0, len(unit), _ROWS)
-    ]
-    return np.concatenate(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,42 +218,40 @@ def _round(
 ) -> tuple[_State, tuple[Array, Array]]:
     """One round of clustering and correction, and the objective before and after the clustering.
 
-    A block's assignments are a function of what the other blocks have put into each cluster, so only these totals are
-    kept from pass to pass, and those of the last pass are the only assignments that are held for all cells.
+    A block's assignments are a function of what the other blocks have put into each cluster: only these totals matter
+    from pass to pass, and the assignments of the last pass for the correction.
     """
-    levels = model.members.shape[0]
+    (levels, _), clusters = model.members.shape, len(state.centroids)
     unit = _unit(state.corrected)
 
-    def probabilities(unit: Array, level: Array, penalty: Array | None) -> tuple[Array, Array, Array]:
-        """Of the cells of a block: assignments, their totals in each level, and their part of the objective."""
-        belongs = jax.nn.one_hot(level, levels, dtype=unit.dtype)
-        distance = 2 * (1 - unit @ state.centroids.T)
-        odds = -distance / model.sigma
-        log_p = jax.nn.log_softmax(odds if penalty is None else odds + belongs @ penalty)
-        p = jnp.exp(log_p)
-        energy = ((p * (distance + model.sigma * log_p)).sum(1) * belongs.sum(1)).sum()
-        return p, belongs.T @ p, energy
-
-    def assign(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
+    def assign(carry: tuple[Array, Array], block: tuple[Array, Array, Array]) -> tuple[Any, tuple[Array, ...]]:
         """Take a block out of the totals, assign its cells by what is left, and put it back."""
+        total, weight = carry
         unit, level, old = block
         rest = total - old
-        p, new, energy = probabilities(unit, level, model.members @ _log_penalty(model, rest))
-        return rest + new, (p, new, energy)
+        belongs = jax.nn.one_hot(level, levels, dtype=unit.dtype)
+        distance = 2 * (1 - unit @ state.centroids.T)
+        penalty = belongs @ (model.members @ (weight * _log_penalty(model, rest)))
+        log_p = jax.nn.log_softmax(penalty - distance / model.sigma)
+        p = jnp.exp(log_p)
+        energy = (p * (distance + model.sigma * log_p)).sum(1) @ belongs.sum(1)
+        new = belongs.T @ p
+        return (rest + new, weight), (new, p, energy)
 
     @jax.checkpoint
-    def one_pass(sums: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-        total, (_, new, _) = jax.lax.scan(assign, sums[0], (unit, cells.level, sums[1]))
-        return (total, new), None
+    def one_pass(carry: tuple[Array, Array, Array], weight: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        total, old, _ = carry
+        (total, _), (new, p, energy) = jax.lax.scan(assign, (total, weight), (unit, cells.level, old))
+        return (total, new, p), energy.sum() + _diversity(model, total)
 
-    old, before = jax.lax.map(lambda block: probabilities(block[0], block[1], None)[1:], (unit, cells.level))
-    total = old.sum(0)
-    first = before.sum() + _diversity(model, total)
-    (total, old), _none = jax.lax.scan(one_pass, (total, old), None, length=settings.max_iter_kmeans - 1)
-    total, (p, _new, after) = jax.lax.scan(jax.checkpoint(assign), total, (unit, cells.level, old))
-    last = after.sum() + _diversity(model, total)
+    # The first pass is without a penalty, as nothing is assigned yet.
+    dtype, blocks = unit.dtype, len(unit)
+    empty = jnp.zeros((levels, clusters), dtype)
+    carry = (empty, jnp.zeros((blocks, levels, clusters), dtype), jnp.zeros((*cells.level.shape, clusters), dtype))
+    weights = jnp.ones(settings.max_iter_kmeans + 1, dtype).at[0].set(0)
+    (total, _, p), objective = jax.lax.scan(one_pass, carry, weights)
     state = _corrected(settings.batch_prop_cutoff, cells, model, total, p, state.centroids)
-    return state, (first * model.scale, last * model.scale)
+    return state, (objective[0] * model.scale, objective[-1] * model.scale)
 
 
 def _corrected(cutoff: float, cells: _Cells, model: _Model, total: Array, p: Array, centroids: Array) -> _State:

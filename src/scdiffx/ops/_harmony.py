@@ -135,8 +135,7 @@ class Harmony:
         if op.lamb is not None:
             op = replace(op, alpha=None)
         if op.rounds is None:
-            found = jax.jit(lambda op, *args: op(*args).rounds)(replace(op, rounds=0), z, *batches)
-            op = replace(op, rounds=int(found))
+            op = replace(op, rounds=int(_rounds(replace(op, rounds=0), z, *batches)))
         return op
 
     def _check(self, columns: int, batches: int) -> None:
@@ -191,6 +190,11 @@ class Harmony:
         )
 
 
+@jax.jit
+def _rounds(op: Harmony, *args: Array) -> Array:
+    return op(*args).rounds
+
+
 def _until_still(
     settings: HarmonySettings, cells: _Cells, model: _Model, state: _State
 ) -> tuple[_State, Float[Array, " rounds_plus_1"], Array]:
@@ -232,8 +236,12 @@ def _round(
         belongs = jax.nn.one_hot(level, levels, dtype=unit.dtype)
         distance = 2 * (1 - unit @ state.centroids.T)
         penalty = belongs @ (model.members @ (weight * _log_penalty(model, rest)))
-        log_p = jax.nn.log_softmax(penalty - distance / model.sigma)
-        p = jnp.exp(log_p)
+        odds = penalty - distance / model.sigma
+        odds = odds - jax.lax.stop_gradient(odds.max(1, keepdims=True))
+        # One exponential for both, where softmax and log_softmax would take three.
+        p = jnp.exp(odds)
+        whole = p.sum(1, keepdims=True)
+        p, log_p = p / whole, odds - jnp.log(whole)
         energy = (p * (distance + model.sigma * log_p)).sum(1) @ belongs.sum(1)
         new = belongs.T @ p
         return (rest + new, weight), (new, p, energy)

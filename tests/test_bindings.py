@@ -373,6 +373,7 @@ CASES = [
                 "uns/harmony/converged": "bool",
             },
             {"key": key},
+            slow=name == "harmony_columns",
         )
         for name, key in (("harmony", "batch"), ("harmony_columns", ["batch", "cell_type"]))
     ),

@@ -198,7 +198,7 @@ TWO_FIXED = {"theta": jnp.asarray([3.0, 1.0, 2.0, 0.5, 1.0]), "lamb": jnp.asarra
 @pytest.mark.parametrize(
     ("columns", "settings"),
     [
-        pytest.param(1, {}, id="one"),
+        pytest.param(1, {}, id="one", marks=pytest.mark.slow),
         pytest.param(1, {"lamb": jnp.asarray([0.5, 2.0, 5.0]), "theta": 1.5}, id="one_fixed", marks=pytest.mark.slow),
         pytest.param(2, {"theta": jnp.asarray([3.0, 1.0])}, id="two"),
         pytest.param(2, TWO_FIXED, id="two_fixed", marks=pytest.mark.slow),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from scdiffx._core.fields import buffer, learnable, operator, replace, static
+from scdiffx._core.fields import buffer, learnable, learnables, operator, replace, static
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx.ops._harmony_start import directions, levels
 
@@ -104,9 +104,9 @@ class Harmony:
     `theta` and `lamb` are numbers for all batches, or arrays for each column of batches or each batch; `sigma` is a
     number, or an array for each cluster. `init` starts the clusters by k-means, and repeats rounds until the objective
     falls by less than a share `epsilon_harmony`; their number is kept in `rounds`. The call repeats that many from the
-    same start in the same order, so it is a fixed smooth function of embedding and parameters: its derivative is exact,
-    in memory that does not grow with the rounds' passes. ``rounds=0`` leaves the test to each call, which then has no
-    reverse derivative.
+    same start in the same order, so it is a fixed smooth function of embedding and parameters, and its derivative is
+    exact. It takes the memory of a few assignments of all cells, and of one embedding for each round. ``rounds=0``
+    leaves the test to each call, which then has no reverse derivative.
     """
 
     theta: float | Array = learnable(default=2.0, constraint="positive")
@@ -134,6 +134,8 @@ class Harmony:
         op._check(len(batches), len(column))
         if op.lamb is not None:
             op = replace(op, alpha=None)
+        numbers = {name: jnp.asarray(getattr(op, name), z.dtype) for name in learnables(op)}
+        op = replace(op, **numbers)
         if op.rounds is None:
             op = replace(op, rounds=int(_rounds(replace(op, rounds=0), z, *batches)))
         return op

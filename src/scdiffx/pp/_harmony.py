@@ -200,7 +200,7 @@ def _check_numbers(
 
 
 def _array(value: Numbers) -> Any:
-    return value if isinstance(value, float | int) else jnp.asarray(value, jnp.float32)
+    return value if isinstance(value, float | int) else np.asarray(value, np.float64)
 
 
 def _plain(value: Numbers) -> Any:

@@ -19,6 +19,8 @@ __all__ = ["Harmony", "HarmonyGroups", "HarmonyResult", "HarmonySettings"]
 
 # The objective is reported for so many cells.
 _SCALE = 2000
+# Cells of a level are taken together in runs of so many.
+_RUN = 128
 _MOST_CLUSTERS = 100
 _CELLS_PER_CLUSTER = 30
 
@@ -64,10 +66,17 @@ class HarmonyGroups(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """The cells in blocks, in the order of their assignment; pads have level -1."""
+    """The cells in blocks, in the order of their assignment, and again in runs of one level.
+
+    Pads of the blocks have level -1; `place` is where the cells of a run are in the blocks, and past these for pads.
+    Runs make the regressions' cost independent of the number of levels.
+    """
 
     z: Float[Array, "blocks size dims"]
     level: Int[Array, "blocks size"]
+    run_z: Float[Array, "runs length dims"]
+    run_level: Int[Array, " runs"]
+    place: Int[Array, "runs length"]
 
 
 class _Model(NamedTuple):
@@ -174,7 +183,9 @@ class Harmony:
         pad = blocks * size - n
         moved = jnp.pad(z[g.order], ((0, pad), (0, 0)))
         level = jnp.pad(g.level[g.order], (0, pad), constant_values=-1)
-        return _Cells(moved.reshape(blocks, size, dims), level.reshape(blocks, size))
+        run_level, place = _runs(level, n, g.members.shape[0])
+        run_z = moved.at[place].get(mode="fill", fill_value=0)
+        return _Cells(moved.reshape(blocks, size, dims), level.reshape(blocks, size), run_z, run_level, place)
 
     def _model(self, z: Array, g: HarmonyGroups, columns: int) -> _Model:
         members = g.members.astype(z.dtype)
@@ -190,6 +201,23 @@ class Harmony:
             columns=jax.nn.one_hot(g.column, columns, dtype=z.dtype).T,
             scale=jnp.asarray(_SCALE / z.shape[0], z.dtype),
         )
+
+
+def _runs(level: Int[Array, " padded"], n: int, levels: int) -> tuple[Int[Array, " runs"], Int[Array, "runs length"]]:
+    """The level of each run, past the last where there is none, and the places of its cells."""
+    order = jnp.argsort(level)
+    count = jnp.zeros(levels, jnp.int32).at[level].add(jnp.where(level < 0, 0, 1))
+    start = len(level) - n + jnp.cumsum(count) - count
+    runs = -(-count // _RUN)
+    last = jnp.cumsum(runs)
+    slot = jnp.arange(-(-n // _RUN) + levels)
+    run_level = jnp.searchsorted(last, slot, side="right")
+    own = jnp.minimum(run_level, levels - 1)
+    row = (slot - (last - runs)[own])[:, None] * _RUN + jnp.arange(_RUN)
+    there = (run_level < levels)[:, None] & (row < count[own][:, None])
+    place = order[jnp.where(there, start[own][:, None] + row, 0)]
+    # Pads differ, so that no two places are the same.
+    return run_level, jnp.where(there, place, len(level) + jnp.arange(place.size).reshape(place.shape))
 
 
 @jax.jit
@@ -266,30 +294,22 @@ def _round(
 
 def _corrected(cutoff: float, cells: _Cells, model: _Model, total: Array, p: Array, centroids: Array) -> _State:
     """The original cells less what the batches explain in each cluster, and the intercepts."""
-    (levels, clusters), dims = total.shape, cells.z.shape[2]
-
-    def add(sums: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        z, level, p = block
-        belongs = jax.nn.one_hot(level, levels, dtype=z.dtype)
-        return sums + p.T @ (belongs[:, :, None] * z[:, None, :]).reshape(len(z), -1), None
-
-    empty = jnp.zeros((clusters, levels * dims), total.dtype)
-    sums, _ = jax.lax.scan(jax.checkpoint(add), empty, (cells.z, cells.level, p))
-    shift, centroids = _ridge(cutoff, model, total, sums.reshape(clusters, levels, dims), centroids)
-
-    @jax.checkpoint
-    def moved(block: tuple[Array, Array, Array]) -> Array:
-        z, level, p = block
-        belongs = jax.nn.one_hot(level, levels, dtype=z.dtype)
-        by_level = (p @ shift.reshape(clusters, -1)).reshape(len(z), levels, dims)
-        return z - (by_level * belongs[:, :, None]).sum(1)
-
-    return _State(jax.lax.map(moved, (cells.z, cells.level, p)), centroids)
+    levels, shape = len(total), cells.z.shape
+    by_run = p.reshape(-1, p.shape[-1]).at[cells.place].get(mode="fill", fill_value=0)
+    sums = jax.ops.segment_sum(
+        jnp.einsum("rck,rcd->rkd", by_run, cells.run_z), cells.run_level, levels, indices_are_sorted=True
+    )
+    shift, centroids = _ridge(cutoff, model, total, sums, centroids)
+    own = shift.at[cells.run_level].get(mode="fill", fill_value=0)
+    moved = cells.run_z - jnp.einsum("rck,rkd->rcd", by_run, own)
+    flat = jnp.zeros((shape[0] * shape[1], shape[2]), p.dtype)
+    flat = flat.at[cells.place].set(moved, mode="drop", unique_indices=True)
+    return _State(flat.reshape(shape), centroids)
 
 
 def _ridge(
-    cutoff: float, model: _Model, total: Array, sums: Float[Array, "clusters levels dims"], centroids: Array
-) -> tuple[Float[Array, "clusters levels dims"], Float[Array, "clusters dims"]]:
+    cutoff: float, model: _Model, total: Array, sums: Float[Array, "levels clusters dims"], centroids: Array
+) -> tuple[Float[Array, "levels clusters dims"], Float[Array, "clusters dims"]]:
     """For each cluster: what its batches add to the cells of each level, and the intercept's direction."""
     dtype = total.dtype
     observed = (model.members.T @ total).T
@@ -301,13 +321,13 @@ def _ridge(
     used = (keep @ model.members.T > 0).astype(dtype)
     expected = (model.share * total.sum(0)).T
     penalty = model.alpha * expected + model.lamb
-    mass, sums = total.T * used, sums * used[:, :, None]
+    mass, sums = total.T * used, sums.transpose(1, 0, 2) * used[:, :, None]
     if len(model.columns) == 1:
         weight, intercept = _one_column(mass, penalty, sums, keep, alive)
     else:
         weight, intercept = _several_columns(model, mass, penalty, sums, keep, alive)
     centroids = jnp.where(alive[:, None], _unit(intercept), centroids)
-    return jnp.einsum("jb,kbd->kjd", model.members, weight), centroids
+    return jnp.einsum("jb,kbd->jkd", model.members, weight), centroids
 
 
 def _one_column(

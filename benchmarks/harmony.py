@@ -1,7 +1,7 @@
 """Harmony beside harmonypy 2.1 and the embedding as it was.
 
     python benchmarks/harmony.py agree [--seeds 0 1 2 3 4]
-    python benchmarks/harmony.py time [--cells 3500 50000] [--repeat 3]
+    python benchmarks/harmony.py time [--cells 3500 50000] [--batches 4] [--repeat 3]
     python benchmarks/harmony.py record
 
 agree: harmony_cell_lines (its 20 components; three batches) and mixology_sc (30 components of normalised logarithms;
@@ -11,7 +11,7 @@ itself from other seeds and the embedding before; the LISI of batches (how many 
 and of cell lines (1 is separate), by harmonypy's function; and the share of the embedding's variance that is kept.
 
 time: processor seconds of a first call in a fresh process (with an empty compilation cache, and with a filled one) and
-of later calls, alternately in one process, on cells upsampled from spring_hpc in four invented batches, each moved its
+of later calls, alternately in one process, on cells upsampled from spring_hpc in invented batches, each moved its
 own way; and of value and gradient.
 
 record: what `tests/ops/test_harmony.py` compares with.
@@ -131,12 +131,12 @@ def agree(seeds: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def large(cells: int) -> ad.AnnData:
-    """Upsampled cells in four batches, each moved its own way."""
+def large(cells: int, batches: int) -> ad.AnnData:
+    """Upsampled cells in batches, each moved its own way."""
     rng = np.random.default_rng(0)
     z = upsampled(cells, DATA / "spring_hpc" / "spring_hpc.h5ad")
-    batch = rng.integers(0, 4, cells)
-    z = z + (rng.normal(size=(4, z.shape[1])) * z.std(0) / 2)[batch].astype(np.float32)
+    batch = rng.integers(0, batches, cells)
+    z = z + (rng.normal(size=(batches, z.shape[1])) * z.std(0) / 2)[batch].astype(np.float32)
     obs = pd.DataFrame({"dataset": pd.Categorical(batch.astype(str))}, index=np.arange(cells).astype(str))
     adata = ad.AnnData(np.zeros((cells, 1), np.float32), obs=obs)
     adata.obsm["X_pca"] = z
@@ -187,11 +187,12 @@ def gradient(adata: ad.AnnData) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(both(op, z))
 
 
-def timing(sizes: list[int], repeat: int) -> list[dict[str, Any]]:
+def timing(sizes: list[int], batches: int, repeat: int) -> list[dict[str, Any]]:
     rows = []
     for cells in sizes:
-        adata = large(cells)
-        print(f"\n{cells} cells x {adata.obsm['X_pca'].shape[1]} dimensions, processor seconds (wall clock)")
+        adata = large(cells, batches)
+        dims = adata.obsm["X_pca"].shape[1]
+        print(f"\n{cells} cells x {dims} dimensions, {batches} batches, processor seconds (wall clock)")
         with tempfile.TemporaryDirectory() as folder:
             path, cache = Path(folder) / "cells.h5ad", str(Path(folder) / "cache")
             adata.write_h5ad(path)
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("what", choices=["agree", "time", "record", "child"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--cells", type=int, nargs="+", default=[3500, 50_000])
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--name", help=argparse.SUPPRESS)
@@ -252,9 +254,11 @@ def main() -> None:
     if args.what == "child":
         child(args.name, args.file)
         return
-    rows = {"agree": lambda: agree(args.seeds), "time": lambda: timing(args.cells, args.repeat), "record": record}[
-        args.what
-    ]()
+    rows = {
+        "agree": lambda: agree(args.seeds),
+        "time": lambda: timing(args.cells, args.batches, args.repeat),
+        "record": record,
+    }[args.what]()
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

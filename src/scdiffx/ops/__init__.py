@@ -12,7 +12,7 @@ from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime,
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
-from scdiffx.ops._harmony import Harmony, HarmonyGroups, HarmonyResult, HarmonySettings
+from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
@@ -56,7 +56,6 @@ __all__ = [
     "FateProbabilitiesResult",
     "Graph",
     "Harmony",
-    "HarmonyGroups",
     "HarmonyResult",
     "HarmonySettings",
     "HighlyVariable",

@@ -173,7 +173,7 @@ def child(name: str, path: Path) -> None:
     print(json.dumps({"cpu": cpu, "wall": wall, "mib": peak_mib() - before}))
 
 
-def gradient(adata: ad.AnnData) -> Callable[[], Any]:
+def gradient(adata: ad.AnnData) -> tuple[Any, tuple[Any, Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -184,10 +184,12 @@ def gradient(adata: ad.AnnData) -> Callable[[], Any]:
     op = ops.Harmony().init(z, batch, key=jax.random.key(0))
     print(f"  {op.rounds} rounds in the derivative")
     both = jax.jit(jax.value_and_grad(lambda op, z: (op(z, batch).corrected ** 2).mean(), (0, 1), allow_int=True))
-    return lambda: jax.block_until_ready(both(op, z))
+    return both, (op, z)
 
 
 def timing(sizes: list[int], batches: int, repeat: int) -> list[dict[str, Any]]:
+    import jax
+
     rows = []
     for cells in sizes:
         adata = large(cells, batches)
@@ -216,9 +218,12 @@ def timing(sizes: list[int], batches: int, repeat: int) -> list[dict[str, Any]]:
             print(f"  later call {name:<10} {cpu:.2f} ({wall:.2f})")
             rows.append({"cells": cells, "later": name, "cpu": cpu, "wall": wall})
         print(f"  rounds: {adata.uns['harmony']['n_rounds']}")
-        both = gradient(adata)
-        first, later = seconds(both), seconds(both)
-        print(f"  value and gradient {first[0]:.2f} ({first[1]:.2f}), then {later[0]:.2f} ({later[1]:.2f})")
+        both, args = gradient(adata)
+        first, later = (seconds(lambda both=both, args=args: jax.block_until_ready(both(*args))) for _ in range(2))
+        held = both.lower(*args).compile().memory_analysis().temp_size_in_bytes / 1e6
+        print(
+            f"  value and gradient {first[0]:.2f} ({first[1]:.2f}), then {later[0]:.2f} ({later[1]:.2f}), {held:.0f} MB"
+        )
         rows.append({"cells": cells, "gradient_first": first, "gradient": later})
     return rows
 

@@ -334,11 +334,13 @@ def _one_column(
     mass: Array, penalty: Array, sums: Array, keep: Array, alive: Array
 ) -> tuple[Float[Array, "clusters batches dims"], Float[Array, "clusters dims"]]:
     """Ridge coefficients and intercepts for one column of batches, whose levels are the batches."""
-    shrink = keep * penalty / (mass + penalty)
+    # An empty cluster has neither mass nor penalty.
+    inverse = keep / jnp.where(keep > 0, mass + penalty, 1)
+    shrink = penalty * inverse
     whole = jnp.where(alive, (shrink * mass).sum(1), 1)
     intercept = (shrink[:, :, None] * sums).sum(1) / whole[:, None]
     residual = sums - mass[:, :, None] * intercept[:, None, :]
-    return residual * (keep / (mass + penalty))[:, :, None], intercept
+    return residual * inverse[:, :, None], intercept
 
 
 def _several_columns(

@@ -383,6 +383,23 @@ CASES = [
         {"genes": ["PARK7", "HES4"], "neighbors_key": "neighbors"},
         matrix=True,
     ),
+    *(
+        Case(
+            name,
+            "pp.harmony_integrate",
+            "reduced",
+            {
+                "obsm/X_pca_harmony": "float32",
+                **{f"uns/harmony{part}": "mapping" for part in ("", "/params")},
+                "uns/harmony/objective": "float64",
+                "uns/harmony/n_rounds": "int",
+                "uns/harmony/converged": "bool",
+            },
+            {"key": key},
+            slow=name == "harmony_columns",
+        )
+        for name, key in (("harmony", "batch"), ("harmony_columns", ["batch", "cell_type"]))
+    ),
     Case(
         "denoise",
         "pp.denoise",
@@ -1046,6 +1063,22 @@ REFUSED = [
     ("vae", {"max_epochs": 0}, ValueError, "max_epochs=0"),
     ("vae", {"patience": 0}, ValueError, "patience=0"),
     ("vae", {"library_size": 0}, ValueError, "library_size=0"),
+    ("harmony", {"key": "absent"}, KeyError, r"key='absent'.*'batch'"),
+    ("harmony", {"key": ["batch", "partial"]}, ValueError, "key='partial' is missing for 1 of"),
+    ("harmony", {"key": []}, ValueError, "there must be a column"),
+    ("harmony", {"key": "only"}, ValueError, "all cells are of one batch"),
+    ("harmony", {"basis": "X_absent"}, KeyError, r"basis='X_absent'.*'X_pca'"),
+    ("harmony", {"theta": 0}, ValueError, "theta=0"),
+    ("harmony", {"theta": [1.0, 2.0, 3.0]}, ValueError, r"theta has shape \(3,\).*1 or 2"),
+    ("harmony", {"lamb": -1.0}, ValueError, "lamb=-1"),
+    ("harmony", {"sigma": [0.1, 0.2]}, ValueError, "sigma has shape"),
+    ("harmony", {"alpha": np.nan}, ValueError, "alpha=nan"),
+    ("harmony", {"nclust": CELLS + 1}, ValueError, f"nclust={CELLS + 1}.*{CELLS} cells"),
+    ("harmony", {"max_iter_harmony": 0}, ValueError, "max_iter_harmony=0"),
+    ("harmony", {"max_iter_kmeans": 0}, ValueError, "max_iter_kmeans=0"),
+    ("harmony", {"epsilon_harmony": np.inf}, ValueError, "epsilon_harmony=inf"),
+    ("harmony", {"block_size": 0}, ValueError, "block_size=0"),
+    ("harmony", {"batch_prop_cutoff": 1}, ValueError, "batch_prop_cutoff=1"),
     ("denoise", {"genes": ["absent"]}, KeyError, r"'absent'.*Available"),
     ("denoise", {"genes": []}, KeyError, "Available"),
     ("denoise", {"max_epochs": 0}, ValueError, "max_epochs=0"),
@@ -1156,6 +1189,7 @@ def test_impossible_settings_are_refused(name: str, kwargs: Any, error: type[Exc
     case = next(case for case in CASES if case.name == name)
     adata = source(case.source)
     adata.obs["index"] = np.arange(CELLS)
+    adata.obs["only"] = "one"
     adata.obs["partial"] = np.where(np.arange(CELLS) == 3, np.nan, 1)
     adata.obs["missing"] = pd.Categorical(np.where(np.arange(CELLS) == CELLS - 1, None, "a"))
     adata.obs["endless"] = np.where(np.arange(CELLS) == 3, np.inf, 1)

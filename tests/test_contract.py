@@ -292,6 +292,16 @@ CASES = [
         learns=("t", "self_weight", "filter"),
     ),
     Case(
+        "harmony",
+        lambda: ops.Harmony(nclust=6, rounds=2),
+        lambda d: (d.coordinates, d.batch),
+        tuple,
+        budget=100,
+        learns=("theta", "sigma", "alpha"),
+        # The first clusters and the order of assignment are random.
+        equivariant=False,
+    ),
+    Case(
         "solo",
         lambda: ops.Solo(vae=ops.VAE(n_latent=4, n_hidden=16, training=ops.Training(max_epochs=2, batch_size=64))),
         lambda d: (d.counts, d.batch),

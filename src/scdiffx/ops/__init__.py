@@ -13,6 +13,7 @@ from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime,
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
+from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
@@ -59,6 +60,9 @@ __all__ = [
     "FateProbabilities",
     "FateProbabilitiesResult",
     "Graph",
+    "Harmony",
+    "HarmonyResult",
+    "HarmonySettings",
     "HighlyVariable",
     "HighlyVariableResult",
     "KMeans",

@@ -3,6 +3,7 @@
 from scdiffx.pp._ambient import remove_ambient
 from scdiffx.pp._cell_weights import cell_weights
 from scdiffx.pp._denoise import denoise
+from scdiffx.pp._harmony import harmony_integrate
 from scdiffx.pp._highly_variable import highly_variable_genes
 from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
@@ -16,6 +17,7 @@ from scdiffx.pp._vae import vae
 __all__ = [
     "cell_weights",
     "denoise",
+    "harmony_integrate",
     "highly_variable_genes",
     "log1p",
     "magic",

@@ -419,6 +419,7 @@ CASES = [
         keyed={"obsm/X_mine": "float32", **denoise_keys("mine")},
         matrix=True,
         counts=True,
+        slow=True,
     ),
     Case(
         "solo",

@@ -156,7 +156,7 @@ def test_an_elbow_and_furthest_sums_by_hand() -> None:
 def test_copies_of_cells_are_no_obstacle() -> None:
     z = jnp.asarray(np.repeat([[0.0, 0.0], [3.0, 0.0]], 10, axis=0), jnp.float32)
     op = ops.Archetypes(n_archetypes=3).init(z)
-    result, pull = jax.vjp(jax.jit(op), z)
+    result, pull = jax.vjp(jax.jit(lambda z: op(z)), z)
     (slope,) = pull(jax.tree.map(jnp.ones_like, result))
     assert all(np.isfinite(value).all() for value in jax.tree.leaves((result, slope)))
     np.testing.assert_allclose(result.weights @ result.archetypes, z, atol=1e-3)

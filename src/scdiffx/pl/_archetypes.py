@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes
-from scdiffx.pl._fate_probabilities import _draw_cells, _draw_corners, _order, _saved
+from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._polygon import draw_cells, draw_corners, point_area, ring_order
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -69,19 +69,19 @@ def archetypes(
     if count < 3:
         raise ValueError(f"a polygon needs at least 3 archetypes, `adata.obsm[{where!r}]` has {count}")
     values = None if color is None else lookup(adata.obs, color, "color", "obs")
-    order = _order(weights)
+    order = ring_order(weights)
     # The first corner is at the top.
     angle = np.pi / 2 - 2 * np.pi * np.arange(count) / count
     corners = np.c_[np.cos(angle), np.sin(angle)]
     shades: list[Any] = [f"C{i % 10}" for i in order]
     axes = new_axes(ax, (6.0, 5.0))
-    _draw_corners(axes, corners, [str(i) for i in order], shades)
+    draw_corners(axes, corners, [str(i) for i in order], shades)
     axes.set_ylim(corners[:, 1].min() - 0.15, corners[:, 1].max() + 0.15)
     points = weights[:, order] @ corners
-    area = min(40.0, max(1.0, 40_000 / len(weights))) if size is None else size
+    area = point_area(len(weights)) if size is None else size
     if values is None or color is None:
         mixed = np.clip(weights[:, order] @ np.array([to_rgb(shade) for shade in shades]), 0, 1)
         axes.scatter(points[:, 0], points[:, 1], s=area, c=mixed, linewidths=0, rasterized=True)
     else:
-        _draw_cells(axes, points, values, _saved(adata, color), color, cmap, area)
+        draw_cells(axes, points, values, saved_colors(adata, color), color, cmap, area)
     return finish(axes, ax, show)

@@ -6,9 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from matplotlib.axes import Axes
 
-__all__ = ["finish", "lookup", "new_axes"]
+__all__ = ["finish", "lookup", "new_axes", "saved_colors"]
 
 
 def lookup(mapping: Any, key: str, argument: str, where: str) -> Any:
@@ -39,3 +40,11 @@ def finish(ax: Axes, given: Axes | None, show: bool | None) -> Axes:
 
         plt.show()
     return ax
+
+
+def saved_colors(adata: AnnData, groupby: str) -> dict[Any, Any]:
+    """The colours that scanpy saved, by group; nothing where there are too few of them."""
+    column, colors = adata.obs[groupby], adata.uns.get(f"{groupby}_colors")
+    if colors is None or column.dtype.name != "category" or len(colors) < len(column.cat.categories):
+        return {}
+    return dict(zip(column.cat.categories, colors, strict=False))

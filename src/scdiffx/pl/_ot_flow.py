@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes
+from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -151,10 +151,8 @@ def _colors(adata: AnnData, groupby: str, names: list[Any]) -> list[Any]:
     """Those that scanpy saved, or else distinct ones."""
     import matplotlib as mpl
 
-    column, saved = adata.obs[groupby], adata.uns.get(f"{groupby}_colors")
-    if saved is not None and column.dtype.name == "category" and len(saved) >= len(column.cat.categories):
-        known = dict(zip(column.cat.categories, saved, strict=False))
-        return [known[name] for name in names]
+    if saved := saved_colors(adata, groupby):
+        return [saved[name] for name in names]
     if len(names) <= 10:
         return [mpl.colormaps["tab10"](i) for i in range(len(names))]
     return [mpl.colormaps["turbo"](0.05 + 0.9 * i / (len(names) - 1)) for i in range(len(names))]

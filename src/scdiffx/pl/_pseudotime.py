@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes
+from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -77,7 +77,7 @@ def pseudotime(
         groups = lookup(adata.obs, groupby, "groupby", "obs").astype("category").cat.remove_unused_categories()
         names = [str(name) for name in groups.cat.categories]
         axes = new_axes(ax, (5.2 + 0.09 * max(map(len, names), default=0), 1.4 + 0.26 * len(names)))
-        _draw_groups(axes, time, groups, _saved_colors(adata, groupby))
+        _draw_groups(axes, time, groups, saved_colors(adata, groupby))
         axes.set_xlabel(key)
         axes.set_ylabel(groupby)
     else:
@@ -139,14 +139,6 @@ def _absent(time: np.ndarray) -> str:
     unreachable, missing = int(np.isinf(time).sum()), int(np.isnan(time).sum())
     parts = [f"{n} {what}" for n, what in ((unreachable, "unreachable"), (missing, "missing")) if n]
     return ", ".join(parts)
-
-
-def _saved_colors(adata: AnnData, groupby: str) -> dict[Any, Any]:
-    """The colours that scanpy saved, by group; nothing where there are too few of them."""
-    column, colors = adata.obs[groupby], adata.uns.get(f"{groupby}_colors")
-    if colors is None or column.dtype.name != "category" or len(colors) < len(column.cat.categories):
-        return {}
-    return dict(zip(column.cat.categories, colors, strict=False))
 
 
 def _draw_groups(ax: Axes, time: np.ndarray, groups: Any, colors: dict[Any, Any]) -> None:

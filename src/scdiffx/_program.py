@@ -208,27 +208,26 @@ def _sources(step: Step) -> list[Slot]:
 
 def _active(plan: Plan, learned: Iterable[str]) -> list[int]:
     owners = {name.rsplit(".", 1)[0] for name in learned}
-    moving: set[Slot] = set()
-    active = []
-    for i, step in enumerate(plan.steps):
-        if step.name in owners or moving & set(_sources(step)):
-            active.append(i)
-            moving |= {w.slot for w in step.writes}
-        else:
-            moving -= {w.slot for w in step.writes}
-    return active
+    return _touched(plan, 0, set(), owners)[0]
 
 
 def _leading(plan: Plan, source: Slot, target: Slot, first: int) -> list[int]:
     """The steps from `first` on through which the target depends on the source."""
-    moving, touched = {source}, []
-    for i, step in enumerate(plan.steps[first:], start=first):
-        if moving & set(_sources(step)):
-            touched.append(i)
-            moving |= {w.slot for w in step.writes}
-        else:
-            moving -= {w.slot for w in step.writes}
+    touched, moving = _touched(plan, first, {source}, set())
     return _resting(plan, touched, {target} & moving)
+
+
+def _touched(plan: Plan, first: int, moving: set[Slot], owners: set[str]) -> tuple[list[int], set[Slot]]:
+    """The steps from `first` on that move because they are owners or read what moves, and all that moves at the end."""
+    touched = []
+    for i, step in enumerate(plan.steps[first:], start=first):
+        written = {w.slot for w in step.writes}
+        if step.name in owners or moving & set(_sources(step)):
+            touched.append(i)
+            moving = moving | written
+        else:
+            moving = moving - written
+    return touched, moving
 
 
 def _resting(plan: Plan, touched: list[int], needed: set[Slot]) -> list[int]:

@@ -101,16 +101,13 @@ def absorption(transitions: Graph, terminal: Int[Array, " cells"], n_fates: int)
 # chances of all ends sum to 1, which tells the error, and one more round from the true residual mends it.
 _ROUNDS = 10
 _STEPS = 4000  # products in a round
-
-
-def _accuracy(dtype: Any) -> tuple[float, float]:
-    """Relative residual to reach, and how far the sums may be from 1."""
-    return (1e-9, 1e-8) if dtype == jnp.float64 else (1e-6, 1e-4)
+# In double precision, the only one in which this is called.
+_RESIDUAL = 1e-9  # relative, to reach
+_OFF = 1e-8  # how far sums may be from 1
 
 
 def _solved(system: _OneMinus, b: Array, goal: float, off: Callable[[Array], Array]) -> tuple[Array, Array]:
     """Rounds of corrections until `off` is at most `goal` or no longer shrinks; the solution and its `off`."""
-    tol = _accuracy(b.dtype)[0]
 
     def going(state: tuple[Array, Array, Array, Array]) -> Array:
         _, distance, shrinking, count = state
@@ -118,7 +115,7 @@ def _solved(system: _OneMinus, b: Array, goal: float, off: Callable[[Array], Arr
 
     def correct(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         x, distance, _, count = state
-        wanted = jnp.where(count > 0, 0.1 * goal / distance, tol)
+        wanted = jnp.where(count > 0, 0.1 * goal / distance, _RESIDUAL)
         new = x + _bicgstab(system.__matmul__, b - system @ x, wanted, jnp.asarray(_STEPS))[0]
         better = off(new) < distance
         return jnp.where(better, new, x), jnp.where(better, off(new), distance), better, count + 1
@@ -130,12 +127,11 @@ def _solved(system: _OneMinus, b: Array, goal: float, off: Callable[[Array], Arr
 
 @jax.custom_vjp
 def _ends(system: _OneMinus, ends: Array, total: Array) -> tuple[Array, Array]:
-    """Solve for the chances of all ends, which have to sum to `total`; and whether they do to 100 times the goal."""
+    """Solve for the chances of all ends, which have to sum to `total`; and whether they do to 100 times `_OFF`."""
     order = jnp.asarray(system.graph.pattern.order)
-    goal = _accuracy(ends.dtype)[1]
     near, b, wanted = _OneMinus(system.graph.reordered()), ends[order], total[order]
-    x, distance = _solved(near, b, goal, lambda x: jnp.abs(x.sum(1) - wanted).max())
-    return jnp.zeros_like(x).at[order].set(x, unique_indices=True), distance <= 100 * goal
+    x, distance = _solved(near, b, _OFF, lambda x: jnp.abs(x.sum(1) - wanted).max())
+    return jnp.zeros_like(x).at[order].set(x, unique_indices=True), distance <= 100 * _OFF
 
 
 def _ends_fwd(system: _OneMinus, ends: Array, total: Array) -> tuple[tuple[Array, Array], tuple[_OneMinus, Array]]:
@@ -153,7 +149,7 @@ def _ends_bwd(saved: tuple[_OneMinus, Array], cotangent: tuple[Array, Any]) -> t
         left = jnp.linalg.norm(b - near @ x, axis=0)
         return jnp.where(size > 0, left / jnp.where(size > 0, size, 1), 0).max()
 
-    dual = _solved(near, b, _accuracy(b.dtype)[0], residual)[0]
+    dual = _solved(near, b, _RESIDUAL, residual)[0]
     dual = jnp.zeros_like(dual).at[order].set(dual, unique_indices=True)
     return jax.vjp(lambda a: a @ x, system)[1](-dual)[0], dual, None
 

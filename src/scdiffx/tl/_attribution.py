@@ -129,7 +129,7 @@ def attribution(
     else:
         x, y, slopes = _of_plan(plan, target, column, X(layer), member, method, n_probes, seed)
     table = _table(data, x, y, member, names, method, slopes)
-    key = key_added if key_added is not None else _key(target, column)
+    key = key_added if key_added is not None else result_key("attribution", target, column)
     params = {"target": target, "method": method, "random_state": seed}
     params |= {name: v for name, v in (("column", column), ("groupby", groupby), ("layer", layer)) if v is not None}
     written = data.copy() if copy else data
@@ -138,9 +138,10 @@ def attribution(
     return written if copy else None
 
 
-def _key(target: str, column: int | str | None) -> str:
+def result_key(prefix: str, target: str, column: int | str | None) -> str:
+    """The key for what is said of a target; files hold no slashes in keys."""
     name = target if column is None else f"{target}_{column}"
-    return f"attribution_{name}".replace("/", "|")
+    return f"{prefix}_{name}".replace("/", "|")
 
 
 def _groups(data: AnnData, groupby: str | None, groups: Sequence[str] | None) -> tuple[list[str], np.ndarray]:

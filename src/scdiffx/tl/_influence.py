@@ -14,7 +14,7 @@ from scdiffx._log import Timer
 from scdiffx._program import Program
 from scdiffx._slots import Obs, Obsm, Slot, Uns, write_all
 from scdiffx._steps import Plan, analysis
-from scdiffx.tl._attribution import column_of
+from scdiffx.tl._attribution import column_of, result_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -93,8 +93,7 @@ def influence(
         raise KeyError(f"target={target!r} is not written by the plan to `obs` or `obsm`")
     timer = Timer(f"computing influence on {target}")
     table, values = _differences(Program.towards(adata, slot, knobs), slot, target, column)
-    key = f"influence_{target if column is None else f'{target}_{column}'}".replace("/", "|")
-    key = key if key_added is None else key_added
+    key = key_added if key_added is not None else result_key("influence", target, column)
     table.index = adata.adata.obs_names.copy()
     params = {"target": target, "step": _STEP} | ({} if column is None else {"column": column})
     written = adata.adata.copy() if copy else adata.adata

@@ -69,13 +69,13 @@ class Case(NamedTuple):
     equivariant: bool = True
     # What `init` reads, where that is not what the call reads.
     start: Callable[[Data], tuple[Any, ...]] | None = None
-    slow: bool = False
 
 
 # Settings of operators that are tested with others too, and what takes long to compile: these are slow tests.
-VARIANTS = {
+SLOW = {
     "denoise",
     "doublet_classifier",
+    "dynamics",
     "highly_variable_cutoffs",
     "kmeans_hard",
     "log1p_base_2",
@@ -84,6 +84,7 @@ VARIANTS = {
     "neighbors_gauss",
     "normalize_total_excluding",
     "scale_uncentred",
+    "steady_state",
     "vae_zinb",
     "velocity_graph_plain",
 }
@@ -381,7 +382,6 @@ CASES = [
         # Inputs, results, their derivatives and copies of these in blocks of genes: all are dense.
         budget=7_000,
         learns=("change", "power"),
-        slow=True,
     ),
     Case(
         "dynamics",
@@ -390,7 +390,6 @@ CASES = [
         lambda r: (r.velocity, r.velocity_u),
         budget=300,
         learns=("change", "power"),
-        slow=True,
     ),
     Case(
         "latent_time",
@@ -463,14 +462,14 @@ CASES = [
         equivariant=False,
     ),
 ]
-assert {case.name for case in CASES} >= VARIANTS
+assert {case.name for case in CASES} >= SLOW
 DIFFERENTIABLE = [case for case in CASES if case.differentiable]
 LEARNING = [case for case in CASES if case.learns]
 in_double = pytest.mark.usefixtures("x64")
 
 
 def each(cases: list[Case]) -> Any:
-    slow = [case.slow or case.name in VARIANTS for case in cases]
+    slow = [case.name in SLOW for case in cases]
     marked = [pytest.param(case, marks=pytest.mark.slow) if s else case for case, s in zip(cases, slow, strict=True)]
     return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 

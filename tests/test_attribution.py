@@ -198,6 +198,17 @@ def test_the_sensitivity_of_a_fate_equals_finite_differences(in_order: bool) -> 
     np.testing.assert_allclose(table["all_correlation"], expected, atol=1e-7)
 
 
+def test_what_a_later_step_overwrites_does_not_count() -> None:
+    adata = logs(60, 40)
+    adata.obsm["X_given"] = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    plan = sd.plan(adata)
+    sd.pp.pca(plan, n_comps=3)
+    for use_rep in ("X_pca", "X_given"):
+        sd.tl.kmeans(plan, 2, use_rep=use_rep, n_init=1, key_added="a")
+    with pytest.raises(ValueError, match="does not depend on"):
+        sd.tl.attribution(plan, "a_probabilities", column=0, method="gradient")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -76,6 +76,7 @@ def graph_keys(entry: str, prefix: str = "", distances: str = "float64") -> dict
 def leiden_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
+        f"obsm/{key}_probabilities": "float32",
         f"uns/{key}": "mapping",
         f"uns/{key}/params": "mapping",
         f"uns/{key}/modularity": "float",
@@ -1165,6 +1166,7 @@ REFUSED = [
     ("kmeans", {"temperature": 0.0}, ValueError, "temperature=0"),
     ("kmeans", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("leiden", {"resolution": -1}, ValueError, "resolution=-1"),
+    ("leiden", {"temperature": 0}, ValueError, "temperature=0"),
     ("velocity_deterministic", {"var_names": ["HES4"]}, ValueError, "var_names has no meaning"),
     ("velocity_deterministic", {"mode": "dynamical", "var_names": ["absent"]}, KeyError, "'absent'"),
     ("velocity_graph", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),

@@ -456,9 +456,9 @@ CASES = [
         "leiden",
         lambda: ops.Leiden(),
         lambda d: (d.graph,),
-        lambda r: (r.membership.astype(jnp.float32), r.modularity),
+        lambda r: r.probabilities,
         budget=50,
-        differentiable=False,
+        learns=("temperature",),
         equivariant=False,
     ),
 ]

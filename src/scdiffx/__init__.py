@@ -24,7 +24,7 @@ __all__ = [
 
 # Names that live in private modules; everything is loaded when it is first used.
 _HOMES = {
-    "Fitted": "scdiffx._fit",
+    "Fitted": "scdiffx._fitted",
     "fit": "scdiffx._fit",
     "plan": "scdiffx._fit",
     "settings": "scdiffx._log",

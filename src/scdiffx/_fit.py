@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,15 +12,15 @@ import numpy as np
 from scdiffx._core.fields import fields_of_kind, learnables, replace
 from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import ensure_cache
+from scdiffx._fitted import Fitted, kept
 from scdiffx._log import progress_bar
-from scdiffx._program import Program
-from scdiffx._slots import is_anndata
-from scdiffx._steps import Plan, initialised, replay
+from scdiffx._program import Program, graph_of
+from scdiffx._slots import Slot, is_anndata
+from scdiffx._steps import Plan, restructured
 from scdiffx.losses import Loss
 
 __all__ = ["Fitted", "fit", "plan"]
 
-FORMAT = 1
 LEARNING_RATE = 0.02
 
 
@@ -38,149 +35,6 @@ def plan(adata: Any) -> Plan:
     if not is_anndata(adata):
         raise TypeError(f"`adata` must be an AnnData, got {type(adata).__name__}")
     return Plan(adata)
-
-
-@dataclass
-class Fitted:
-    """A fitted plan.
-
-    Attributes
-    ----------
-    params
-        The parameters by name ("step.field"), as the operators use them.
-    losses
-        Loss before and after, on the training and the held-out cells: keys "train_before", "train_after",
-        "holdout_before", "holdout_after" (the last two with a holdout only).
-    adopted
-        Whether the fitted parameters won on the held-out cells (without a holdout: on the training cells). If not,
-        `params` are the defaults.
-    history
-        Lists "step", "train" and, with a holdout, "holdout".
-    """
-
-    calls: list[tuple[str, dict[str, Any]]]
-    params: dict[str, np.ndarray]
-    buffers: dict[str, np.ndarray]
-    losses: dict[str, float]
-    adopted: bool
-    history: dict[str, list[float]]
-    genes: list[str]
-    _plan: Plan | None = field(default=None, repr=False)
-
-    def plan(self, adata: Any) -> Plan:
-        """The plan on an AnnData: the one it was fitted on, or a new one with the same genes."""
-        if self._plan is not None and adata is self._plan.adata:
-            return self._plan
-        if list(adata.var_names) != self.genes:
-            missing = sorted(set(self.genes) - set(adata.var_names))[:5]
-            raise ValueError(
-                f"`adata` must have the {len(self.genes)} genes of the fit in their order; it has {adata.n_vars}"
-                + (f", without {missing}" if missing else "")
-            )
-        return replay(self.calls, adata)
-
-    def apply(self, adata: Any = None, *, copy: bool = False) -> Any:
-        """Run the fitted plan and write its keys, on the AnnData of the fit or on new cells with the same genes.
-
-        What was estimated once (targets, gene means, components, thresholds) stays; neighbours are searched among the
-        cells given, and soft gene weights compare their variability with the thresholds of the fit.
-
-        Returns
-        -------
-        None, or the copy with ``copy=True``.
-        """
-        if adata is None:
-            if self._plan is None:
-                raise ValueError("this fit was loaded from a file: pass the AnnData to apply it to")
-            adata = self._plan.adata
-        target = self.plan(adata)
-        names = iter([step.name for step in target.steps])
-
-        def prepare(op: Any, args: tuple[Any, ...], key: Any) -> Any:
-            name = next(names)
-            return self._filled(name, initialised(self._with_networks(name, op), args, key))
-
-        return target.apply(prepare=prepare, copy=copy)
-
-    def _with_networks(self, name: str, op: Any) -> Any:
-        """The operator with its fitted networks, so that `init` does not train others first.
-
-        Such an `init` does nothing, so what it would have estimated beside the networks is put in place as well.
-        """
-        changes: dict[str, Any] = {}
-        for f in fields_of_kind(op, "learnable"):
-            start = f"{name}.{f.name}['"
-            net = {key[len(start) : -2]: jnp.asarray(v) for key, v in self.params.items() if key.startswith(start)}
-            if net and getattr(op, f.name) is None:
-                changes[f.name] = net
-        if changes:
-            empty = [f.name for f in fields_of_kind(op, "buffer") if getattr(op, f.name) is None]
-            found = {field: self.buffers.get(f"{name}.{field}") for field in empty}
-            changes |= {field: jnp.asarray(value) for field, value in found.items() if value is not None}
-        return replace(op, **changes)
-
-    def _filled(self, name: str, op: Any) -> Any:
-        """The operator with the fitted parameters and the statistics of the fit."""
-        changes: dict[str, Any] = {}
-        for stored, fields in ((self.params, learnables(op)), (self.buffers, _kept(op))):
-            for f in fields:
-                flat, tree = jax.tree_util.tree_flatten_with_path(getattr(op, f))
-                keys = [f"{name}.{f}{jax.tree_util.keystr(path)}" for path, _ in flat]
-                if all(key in stored for key in keys) and keys:
-                    leaves = [_like(stored[key], old, key) for key, (_, old) in zip(keys, flat, strict=True)]
-                    changes[f] = jax.tree_util.tree_unflatten(tree, leaves)
-        return replace(op, **changes)
-
-    def save(self, path: str | Path) -> None:
-        """Write the fit to a folder: `arrays.npz` and `fit.json`. Nothing in it is code."""
-        folder = Path(path)
-        record = {
-            "format": FORMAT,
-            "calls": self.calls,
-            "losses": self.losses,
-            "adopted": self.adopted,
-            "history": self.history,
-        }
-        try:
-            text = json.dumps(record, indent=1)
-        except TypeError as error:
-            raise ValueError(f"the plan has an argument that cannot be saved: {error}") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"param/{k}": v for k, v in self.params.items()} | {f"buffer/{k}": v for k, v in self.buffers.items()}
-        arrays["genes"] = np.asarray(self.genes, dtype=str)
-        np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
-        (folder / "fit.json").write_text(text)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Fitted:
-        """Read a fit that `save` wrote; `apply` it to an AnnData with the same genes."""
-        folder = Path(path)
-        for name in ("fit.json", "arrays.npz"):
-            if not (folder / name).exists():
-                raise FileNotFoundError(f"{folder} holds no saved fit: {name} is missing")
-        record = json.loads((folder / "fit.json").read_text())
-        if record.get("format") != FORMAT:
-            raise ValueError(f"{folder} has format {record.get('format')!r}; this version reads {FORMAT}")
-        with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        genes = arrays.pop("genes").tolist()
-        params = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
-        buffers = {k.removeprefix("buffer/"): v for k, v in arrays.items() if k.startswith("buffer/")}
-        calls = [(name, dict(arguments)) for name, arguments in record["calls"]]
-        return cls(calls, params, buffers, record["losses"], record["adopted"], record["history"], genes)
-
-
-def _like(saved: np.ndarray, old: Any, key: str) -> Any:
-    if np.shape(old) != saved.shape:
-        raise ValueError(f"the saved {key!r} has shape {saved.shape}, but this plan needs {np.shape(old)}")
-    return jnp.asarray(saved)
-
-
-def _kept(op: Any) -> list[str]:
-    """Buffers that are estimated once."""
-    return [
-        f.name for f in fields_of_kind(op, "buffer") if not f.metadata["structure"] and getattr(op, f.name) is not None
-    ]
 
 
 def fit(
@@ -292,22 +146,30 @@ class Run:
         self.slots = [program.plan.slot(term.output) for _, term in loss.terms]
         self.targets = [program.target(term) for _, term in loss.terms]
         self.weights = [weight for weight, _ in loss.terms]
-        self.terms = self._initialised_terms([term for _, term in loss.terms])
-        self.start: dict[str, Any] = {"plan": program.start(), "loss": [self._readout(t) for t in self.terms]}
+        self._values = jax.jit(program.evaluate)
+        terms = self._prepared([term for _, term in loss.terms], program.ops, program.frozen, _started)
+        self.start: dict[str, Any] = {"plan": program.start(), "loss": [self._readout(term) for term in terms]}
         # What is compared with travels as an argument: as a constant it would be folded while compiling.
-        self.given = (self.targets, self.train, self.held)
+        self.given = (terms, self.targets, self.train, self.held)
         self._step = jax.jit(jax.value_and_grad(self._losses, has_aux=True))
 
-    def _initialised_terms(self, terms: list[Any]) -> list[Any]:
-        """Terms with their readouts started on the values of the unfitted plan and the training cells."""
-        values = jax.jit(self.program.evaluate)(self.program.ops, self.program.frozen)
-        ready = []
-        for term, slot, target in zip(terms, self.slots, self.targets, strict=True):
+    def _prepared(self, terms: list[Any], ops: list[Any], frozen: Any, prepare: Callable[..., Any]) -> list[Any]:
+        """Terms after `prepare`, which sees the values of the plan and the training cells."""
+        values = self._values(ops, frozen)
+        for term, slot in zip(terms, self.slots, strict=True):
             if slot not in values:
                 raise ValueError(f"no learned parameter affects {term.output!r}: the loss cannot be lowered through it")
-            init = getattr(term, "init", None)
-            ready.append(term if init is None else init(values[slot], target, self.train))
-        return ready
+        both = zip(terms, self.slots, self.targets, strict=True)
+        return [prepare(term, (values[slot], target, self.train), None) for term, slot, target in both]
+
+    def refreshed(self, program: Program, params: Any) -> tuple[Program, Any]:
+        """The program and what its values are compared with, with discrete structure found anew."""
+        if program.has_structure:
+            program = program.refreshed(params["plan"])
+        terms, *rest = self.given
+        if any(_has_structure(term) for term in terms):
+            terms = self._prepared(terms, program.with_params(params["plan"]), program.frozen, restructured)
+        return program, (terms, *rest)
 
     @staticmethod
     def _readout(term: Any) -> dict[str, Any]:
@@ -318,13 +180,13 @@ class Run:
         return self._losses(params, self.program.ops, self.program.frozen, self.given, taps)[0]
 
     def _losses(self, params: Any, ops: list[Any], frozen: Any, given: Any, taps: Any = None) -> tuple[Any, Any]:
-        targets, train, held = given
+        terms, targets, train, held = given
         values = self.program.evaluate(self.program.with_params(params["plan"], ops), frozen, taps)
-        terms = [replace(t, **p) for t, p in zip(self.terms, params["loss"], strict=True)]
+        terms = [replace(t, **p) for t, p in zip(terms, params["loss"], strict=True)]
 
         def total(keep: Any) -> Any:
             parts = zip(self.weights, terms, self.slots, targets, strict=True)
-            return sum(w * term(values[slot], target, keep) for w, term, slot, target in parts)
+            return sum(w * term(values[slot], _other(term, target, values), keep) for w, term, slot, target in parts)
 
         loss = total(train)
         return loss, loss if held is None else total(held)
@@ -339,12 +201,12 @@ class Run:
         params, state = self.start, optimizer.init(self.start)
         history: dict[str, list[float]] = {"step": [], "train": [], **({} if self.held is None else {"holdout": []})}
         best, best_value, best_step = params, np.inf, 0
-        program = self.program
+        program, given = self.program, self.given
         bar = progress_bar(n_steps, "fit", progress)
         for step in range(n_steps):
-            if refresh_every and step and step % refresh_every == 0 and program.has_structure:
-                program = program.refreshed(params["plan"])
-            (train, chosen), grads = self._step(params, program.ops, program.frozen, self.given)
+            if refresh_every and step and step % refresh_every == 0:
+                program, given = self.refreshed(program, params)
+            (train, chosen), grads = self._step(params, program.ops, program.frozen, given)
             value = float(chosen)
             if not np.isfinite(value) or not all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)):
                 bar.close()
@@ -367,8 +229,8 @@ class Run:
     def finish(self, best: Any, history: dict[str, list[float]]) -> Fitted:
         """Compare the best iterate with the defaults, each on its own fresh structure, and keep the better."""
         before = self._losses(self.start, self.program.ops, self.program.frozen, self.given)
-        program = self.program.refreshed(best["plan"]) if self.program.has_structure else self.program
-        after = self._losses(best, program.ops, program.frozen, self.given)
+        program, given = self.refreshed(self.program, best)
+        after = self._losses(best, program.ops, program.frozen, given)
         adopted = bool(after[1] < before[1])
         if not adopted:
             best, program = self.start, self.program
@@ -388,6 +250,22 @@ class Run:
         )
 
 
+def _started(term: Any, args: tuple[Any, ...], key: Any) -> Any:
+    """A term with its readout started on the unfitted plan, and its structure found."""
+    init = getattr(term, "init", None)
+    return term if init is None else init(*args)
+
+
+def _has_structure(term: Any) -> bool:
+    return any(f.metadata["structure"] for f in fields_of_kind(term, "buffer"))
+
+
+def _other(term: Any, target: Any, values: Mapping[Slot, Any]) -> Any:
+    """What a term compares with: the target as it stands in the AnnData, or as the plan moves it."""
+    graph = graph_of(term)
+    return target if graph is None else values.get(graph, target)
+
+
 def _apply_updates(optimizer: Any, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     import optax
 
@@ -400,7 +278,7 @@ def _flat_params(plan: Plan, ops: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _flat_buffers(plan: Plan, ops: list[Any]) -> dict[str, np.ndarray]:
-    return _flat(plan, ops, _kept)
+    return _flat(plan, ops, kept)
 
 
 def _flat(plan: Plan, ops: list[Any], names: Callable[[Any], Iterable[str]]) -> dict[str, np.ndarray]:

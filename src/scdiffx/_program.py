@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.fields import fields_of_kind, learnables, replace
-from scdiffx._slots import Obs, Part, Slot, X
+from scdiffx._slots import Connectivities, Obs, Part, Slot, X
 from scdiffx._steps import Plan, Step, _cast, restructured
 
-__all__ = ["Program", "parameter_names", "select"]
+__all__ = ["Program", "graph_of", "parameter_names", "select"]
 
 Params = dict[str, Any]
 
@@ -167,8 +167,11 @@ class Program:
         return "the derivative of a later step or the loss"
 
     def target(self, term: Any) -> Any:
-        """What a term of a loss compares with: a matrix of counts, or a column of obs (as codes, -1 for missing)."""
+        """What a term compares with: a graph, a matrix of counts, or a column of obs (as codes, -1 for missing)."""
         name, adata = term.target, self.plan.adata
+        graph = graph_of(term)
+        if graph is not None:
+            return _cast(self.plan.run()[2][graph] if self.plan.writes(graph) else graph.read(adata), jnp.float32)
         if getattr(term, "of_matrix", False):
             return _cast(X(name, counts=True).read(adata), jnp.float32)
         if name is None:
@@ -177,6 +180,11 @@ class Program:
         if not slot.exists(adata):
             raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(adata.obs)[:20]}")
         return slot.read(adata)
+
+
+def graph_of(term: Any) -> Connectivities | None:
+    """The graph that a term of a loss compares with, if it is one that does."""
+    return Connectivities(term.target) if getattr(term, "of_graph", False) else None
 
 
 def _is_float(x: Any) -> bool:

@@ -69,8 +69,9 @@ class Step:
     rng: Any = 0
 
     def outputs(self, op: Any, result: Any) -> dict[Slot, Any]:
-        """The differentiable outputs by slot."""
-        return {w.slot: w.extract(op, result) for w in self.writes}
+        """The differentiable outputs by slot; an operator may leave out (None) what it cannot make here."""
+        found = {w.slot: w.extract(op, result) for w in self.writes}
+        return {slot: value for slot, value in found.items() if value is not None}
 
 
 @functools.partial(jax.jit)
@@ -129,7 +130,8 @@ def host_outputs(adata: Any, step: Step, op: Any, result: Any, args: tuple[Any, 
     """Everything the step writes to an AnnData, as host values."""
     step.check(op, result)
     single = not _is_double(args)
-    values = {w.slot: _to_host(adata, w, w.extract(op, result), single) for w in step.writes}
+    found = step.outputs(op, result)
+    values = {w.slot: _to_host(adata, w, found[w.slot], single) for w in step.writes if w.slot in found}
     return values | dict(step.notes(op, result, args))
 
 

@@ -11,6 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._core.fields import replace
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,46 @@ def test_the_seed_decides_and_global_generators_are_left_alone(graph: ops.Graph)
     np.testing.assert_array_equal(legacy, np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_no_derivative_passes_and_none_is_invented(graph: ops.Graph) -> None:
+def test_no_derivative_passes_through_the_partition(graph: ops.Graph) -> None:
     op = ops.Leiden().init(graph)
     values = graph.values.astype(jnp.float32)
     gradient = jax.grad(lambda v: op(graph.with_values(v)).modularity)(values)
     assert gradient.shape == values.shape
     assert not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("resolution", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("use_weights", [True, False])
+def test_the_largest_membership_is_that_of_the_cells_community(pbmc68k_reduced, resolution, use_weights) -> None:
+    real = ops.Graph.from_scipy(pbmc68k_reduced.obsp["connectivities"])
+    op = ops.Leiden(resolution=resolution, use_weights=use_weights).init(real)
+    p = np.asarray(op(real).probabilities)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(p.argmax(1), op.membership)
+    assert 0.5 < p.max(1).mean() < 0.999
+    sharp = np.asarray(replace(op, temperature=1e-5)(real).probabilities)
+    assert (np.abs(sharp - np.eye(p.shape[1])[op.membership]) < 1e-3).mean() > 0.99
+
+
+def test_memberships_are_what_a_move_would_add_to_the_modularity(graph: ops.Graph) -> None:
+    op = ops.Leiden(temperature=0.3, resolution=0.8).init(graph)
+    found, membership = np.log(np.asarray(op(graph).probabilities)), np.asarray(op.membership)
+    a = graph.to_scipy()
+    for cell in (0, 50, 110):
+        moved = [np.where(np.arange(120) == cell, k, membership) for k in range(3)]
+        quality = np.asarray([modularity(graph, m, 0.8) for m in moved])
+        # A move changes both directions of an edge, and the modularity is relative to all weights.
+        gains = quality * a.sum() / (2 * a[cell].sum()) / 0.3
+        np.testing.assert_allclose(found[cell] - found[cell, 0], gains - gains[0], atol=1e-4)
+
+
+def test_too_many_communities_have_no_memberships() -> None:
+    alone = ops.Graph.from_scipy(sp.csr_matrix((1_200, 1_200)))
+    result = ops.Leiden().init(alone)(alone)
+    assert result.probabilities is None
+    assert int(result.membership.max()) == 1_199
+    few = ops.Graph.from_scipy(sp.csr_matrix((5, 5)))
+    np.testing.assert_array_equal(np.asarray(ops.Leiden().init(few)(few).probabilities).argmax(1), np.arange(5) * 0)
 
 
 def test_a_partition_is_needed_first(graph: ops.Graph) -> None:

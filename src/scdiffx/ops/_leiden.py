@@ -1,4 +1,4 @@
-"""Leiden communities of the neighbour graph, by igraph."""
+"""Leiden communities of the neighbour graph, by igraph, and how firmly each cell belongs to them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from scdiffx._core.fields import buffer, operator, replace, static
+from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph
 
 __all__ = ["Leiden", "LeidenResult"]
 
+# Beyond these memberships are not formed: graphs of many isolated cells would make a matrix of cells x cells.
+_MOST_COMMUNITIES = 1_000
+
 
 class LeidenResult(NamedTuple):
-    """`membership` (cells,): communities numbered from 0, largest first. `modularity` of the partition."""
+    """`membership` (cells,): communities numbered from 0, largest first. `modularity` of the partition.
+
+    `probabilities` (cells, communities): soft memberships; None where there are more than 1,000 communities.
+    """
 
     membership: Int[Array, " cells"]
     modularity: Array
+    probabilities: Float[Array, "cells communities"] | None
 
 
 class _Generator:
@@ -43,10 +50,19 @@ class _Generator:
 
 @operator
 class Leiden:
-    """The partition that igraph's Leiden algorithm finds (Traag et al. 2019). It is discrete: no derivative passes."""
+    """The partition that igraph's Leiden algorithm finds (Traag et al. 2019), with memberships by relaxed modularity.
 
+    The partition is discrete: no derivative passes through it. Memberships are differentiable in the weights of the
+    graph: the softmax, at a `temperature`, of what a cell would add to the modularity in each community, per unit of
+    its strength, while all others stay. Where no move of a single cell improves the partition, which the algorithm
+    reaches with ``n_iterations=-1``, the largest membership is that of the cell's own community, and as the temperature
+    falls to 0 the memberships become the partition.
+    """
+
+    temperature: float | Array = learnable(default=0.1, constraint="positive")
     membership: Array | None = buffer(default=None, structure=True)
     modularity: Array | None = buffer(default=None, structure=True)
+    communities: Array | None = buffer(default=None, structure=True)
     resolution: float = static(default=1.0)
     n_iterations: int = static(default=-1)
     use_weights: bool = static(default=True)
@@ -54,14 +70,34 @@ class Leiden:
 
     def init(self, graph: Graph, key: Array | None = None) -> Leiden:
         membership, modularity = _partition(graph, self)
+        found = int(membership.max(initial=-1)) + 1
         return replace(
-            self, membership=jnp.asarray(membership, jnp.int32), modularity=jnp.asarray(modularity, graph.dtype)
+            self,
+            membership=jnp.asarray(membership, jnp.int32),
+            modularity=jnp.asarray(modularity, graph.dtype),
+            communities=jnp.arange(found) if found <= _MOST_COMMUNITIES else None,
         )
 
     def __call__(self, graph: Graph) -> LeidenResult:
         if self.membership is None:
             raise ValueError("Leiden needs the partition: call `op = op.init(graph)` first")
-        return LeidenResult(self.membership, jax.lax.stop_gradient(jnp.asarray(self.modularity)))
+        modularity = jax.lax.stop_gradient(jnp.asarray(self.modularity))
+        if self.communities is None:
+            return LeidenResult(self.membership, modularity, None)
+        return LeidenResult(self.membership, modularity, jax.nn.softmax(self._gains(graph) / self.temperature))
+
+    def _gains(self, graph: Graph) -> Array:
+        """What each cell would add to the modularity in each community, per unit of its strength."""
+        assert self.membership is not None
+        assert self.communities is not None
+        own = (self.membership[:, None] == self.communities).astype(graph.dtype)
+        if not self.use_weights:
+            graph = graph.with_values(jax.lax.stop_gradient((graph.values > 0).astype(graph.dtype)))
+        strength = graph.row_sums()[:, None]
+        there = jnp.where(strength > 0, graph @ own / jnp.where(strength > 0, strength, 1), 0)
+        others = (strength * own).sum(0) - strength * own
+        total = strength.sum()
+        return there - self.resolution * others / jnp.where(total > 0, total, 1)
 
 
 def _partition(graph: Graph, op: Leiden) -> tuple[np.ndarray, float]:

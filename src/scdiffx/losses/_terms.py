@@ -1,14 +1,7 @@
-"""Losses: what a fit minimises. Each compares an output of the plan with a target; they add up and scale.
-
->>> import scdiffx as sd
->>> loss = sd.losses.correlation("dpt_pseudotime", "day") + 0.1 * sd.losses.l1("gene_weight")
->>> len(loss.terms)
-2
-"""
+"""The terms of losses on time, labels and matrices: operators on an output and what it is compared with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -16,135 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from scdiffx._core.counts import Counts as _Counts
-from scdiffx._core.counts import Matrix, row_sums, values_at
+from scdiffx._core.counts import Counts, Matrix, row_sums, values_at
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 
-__all__ = ["Loss", "correlation", "cross_entropy", "l1", "molecular_cross_validation", "reconstruction", "time_order"]
+__all__ = [
+    "L1",
+    "SCALES",
+    "Correlation",
+    "CrossEntropy",
+    "MolecularCrossValidation",
+    "Reconstruction",
+    "TimeOrder",
+    "masked_mean",
+    "proportions",
+]
 
 # Each cell is compared with this many others: enough for a stable order, linear in cells.
 _PARTNERS = 64
 
-
-@dataclass(frozen=True)
-class Loss:
-    """A weighted sum of terms."""
-
-    terms: tuple[tuple[float, Any], ...]
-
-    def __add__(self, other: Loss) -> Loss:
-        if not isinstance(other, Loss):
-            return NotImplemented
-        return Loss(self.terms + other.terms)
-
-    def __mul__(self, factor: float) -> Loss:
-        if not isinstance(factor, int | float | np.floating):
-            return NotImplemented
-        return Loss(tuple((float(factor) * weight, term) for weight, term in self.terms))
-
-    __rmul__ = __mul__
+SCALES = {"linear": lambda v: v, "sqrt": jnp.square, "log1p": jnp.expm1}
 
 
-def correlation(output: str, target: str) -> Loss:
-    """1 - Pearson correlation between an output and a column of obs.
-
-    Parameters
-    ----------
-    output
-        Key of a numeric output with one value per cell, such as "dpt_pseudotime".
-    target
-        Numeric column of obs; cells where it is NaN, or where the output is infinite, do not count.
-    """
-    return Loss(((1.0, Correlation(output=output, target=target)),))
-
-
-def time_order(output: str, target: str, *, temperature: float = 0.1) -> Loss:
-    """How often pairs of cells are in the wrong order, softly.
-
-    For pairs whose targets differ, ``softplus(-d / temperature) * temperature`` of the standardised difference `d` of
-    the outputs in the direction of the target. Each cell meets a fixed sample of 64 others, so the cost is linear.
-
-    Parameters
-    ----------
-    output
-        Key of a numeric output with one value per cell.
-    target
-        Numeric column of obs; cells where it is NaN do not count.
-    temperature
-        Softness, in standard deviations of the output; greater than 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature!r} must be greater than 0")
-    return Loss(((1.0, TimeOrder(output=output, target=target, temperature=float(temperature))),))
-
-
-def cross_entropy(output: str, target: str) -> Loss:
-    """Cross-entropy of a linear readout of an output against labels; the readout is learned with the plan.
-
-    Parameters
-    ----------
-    output
-        Key of an array with one row per cell, such as "X_pca".
-    target
-        Categorical column of obs; cells without a label (NaN) do not count.
-    """
-    return Loss(((1.0, CrossEntropy(output=output, target=target)),))
-
-
-def l1(output: str) -> Loss:
-    """Mean absolute value of an output, such as "gene_weight": few genes rather than many.
-
-    Parameters
-    ----------
-    output
-        Key of a numeric output.
-    """
-    return Loss(((1.0, L1(output=output)),))
-
-
-def reconstruction(output: str, layer: str | None = None) -> Loss:
-    """Mean squared difference between a matrix that the plan computes and one of the AnnData.
-
-    Parameters
-    ----------
-    output
-        Name of a layer that the plan writes (cells, genes), such as "magic".
-    layer
-        Layer to compare with; default `X` as it is in the AnnData before the plan.
-    """
-    return Loss(((1.0, Reconstruction(output=output, target=layer)),))
-
-
-def molecular_cross_validation(output: str, layer: str, *, scale: str = "linear", background: float = 0.01) -> Loss:
-    """How well a denoised matrix predicts molecules that it has not seen (Batson et al. 2019).
-
-    The deviance of a Poisson model per held-out molecule: rows of the output are brought to the linear scale, cut at
-    0, made proportions, mixed with a share of the mean profile, and multiplied with the cell's held-out molecules. The
-    plan must read the other molecules only: :func:`scdiffx.pp.split_counts` splits them.
-
-    Parameters
-    ----------
-    output
-        Name of a layer that the plan writes (cells, genes), such as "magic".
-    layer
-        Layer with the counts held out.
-    scale
-        What the output is: "linear" (proportional to expression), "sqrt" or "log1p" of that.
-    background
-        Share of the mean profile, in (0, 1): without it one molecule of a gene predicted to be absent costs infinity.
-    """
-    if scale not in _SCALES:
-        raise ValueError(f"scale={scale!r} is not available. Available: {list(_SCALES)}")
-    if not 0 < background < 1:
-        raise ValueError(f"background={background!r} must lie between 0 and 1")
-    term = MolecularCrossValidation(output=output, target=layer, scale=scale, background=float(background))
-    return Loss(((1.0, term),))
-
-
-_SCALES = {"linear": lambda v: v, "sqrt": jnp.square, "log1p": jnp.expm1}
-
-
-def _masked_mean(x: Array, keep: Array) -> Array:
+def masked_mean(x: Array, keep: Array) -> Array:
     total = keep.sum()
     return jnp.where(keep, x, 0).sum() / jnp.maximum(total, 1)
 
@@ -156,9 +42,9 @@ def _finite(value: Array, target: Array, keep: Array) -> tuple[Array, Array, Arr
 
 
 def _standardised(x: Array, keep: Array) -> Array:
-    mean = _masked_mean(x, keep)
+    mean = masked_mean(x, keep)
     centred = x - mean
-    variance = _masked_mean(centred**2, keep)
+    variance = masked_mean(centred**2, keep)
     # A constant output has no order: its derivative is 0, neither NaN nor that of the rounding error of its mean.
     varies = variance > (8 * jnp.finfo(x.dtype).eps * mean) ** 2
     return jnp.where(varies, centred / jnp.sqrt(jnp.where(varies, variance, 1)), 0)
@@ -166,7 +52,7 @@ def _standardised(x: Array, keep: Array) -> Array:
 
 @operator
 class Correlation:
-    """See :func:`correlation`."""
+    """See :func:`scdiffx.losses.correlation`."""
 
     output: str = static()
     target: str | None = static(default=None)
@@ -175,12 +61,12 @@ class Correlation:
         self, value: Float[Array, " cells"], target: Float[Array, " cells"], keep: Bool[Array, " cells"]
     ) -> Array:
         value, target, keep = _finite(value, target, keep)
-        return 1 - _masked_mean(_standardised(value, keep) * _standardised(target, keep), keep)
+        return 1 - masked_mean(_standardised(value, keep) * _standardised(target, keep), keep)
 
 
 @operator
 class TimeOrder:
-    """See :func:`time_order`."""
+    """See :func:`scdiffx.losses.time_order`."""
 
     output: str = static()
     target: str | None = static(default=None)
@@ -208,7 +94,7 @@ class TimeOrder:
 
 @operator
 class CrossEntropy:
-    """See :func:`cross_entropy`."""
+    """See :func:`scdiffx.losses.cross_entropy`."""
 
     weight: Array | None = learnable(default=None)
     bias: Array | None = learnable(default=None)
@@ -239,7 +125,7 @@ class CrossEntropy:
         logits = (value - self.centre) / self.spread @ self.weight + self.bias
         keep = keep & (target >= 0)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(target, 0)[:, None], axis=1)[:, 0]
-        return -_masked_mean(chosen, keep)
+        return -masked_mean(chosen, keep)
 
 
 def _fit_readout(term: CrossEntropy, value: Array, target: Array, keep: Array) -> CrossEntropy:
@@ -266,7 +152,7 @@ def _fit_readout(term: CrossEntropy, value: Array, target: Array, keep: Array) -
 
 @operator
 class L1:
-    """See :func:`l1`."""
+    """See :func:`scdiffx.losses.l1`."""
 
     output: str = static()
     target: str | None = static(default=None)
@@ -282,7 +168,7 @@ def _same_shape(value: Array, target: Any, output: str) -> None:
 
 @operator
 class Reconstruction:
-    """See :func:`reconstruction`."""
+    """See :func:`scdiffx.losses.reconstruction`."""
 
     of_matrix: ClassVar[bool] = True
     output: str = static()
@@ -290,17 +176,17 @@ class Reconstruction:
 
     def __call__(self, value: Float[Array, "cells genes"], target: Matrix, keep: Bool[Array, " cells"]) -> Array:
         _same_shape(value, target, self.output)
-        if isinstance(target, _Counts):
+        if isinstance(target, Counts):
             there = values_at(target, value)
             errors = (value**2).sum(1) + row_sums(target.with_data((there - target.data) ** 2 - there**2))
         else:
             errors = ((value - target) ** 2).sum(1)
-        return _masked_mean(errors / value.shape[1], keep)
+        return masked_mean(errors / value.shape[1], keep)
 
 
 @operator
 class MolecularCrossValidation:
-    """See :func:`molecular_cross_validation`."""
+    """See :func:`scdiffx.losses.molecular_cross_validation`."""
 
     of_matrix: ClassVar[bool] = True
     output: str = static()
@@ -312,7 +198,7 @@ class MolecularCrossValidation:
         _same_shape(value, target, self.output)
         share = proportions(value, keep, self.scale, self.background)
         size = row_sums(target)
-        if isinstance(target, _Counts):
+        if isinstance(target, Counts):
             log_share = jnp.where(target.data > 0, jnp.log(jnp.maximum(values_at(target, share), _TINY)), 0)
             explained = row_sums(target.with_data(target.data * log_share))
             own = row_sums(target.with_data(jax.scipy.special.xlogy(target.data, target.data)))
@@ -329,7 +215,7 @@ _TINY = 1e-30
 
 def proportions(value: Array, keep: Array, scale: str, background: float) -> Array:
     """Rows as positive shares of the genes: on the linear scale, mixed with the mean profile of the cells kept."""
-    rate = jnp.maximum(_SCALES[scale](jnp.maximum(value, 0)), 0)
+    rate = jnp.maximum(SCALES[scale](jnp.maximum(value, 0)), 0)
     total = rate.sum(1, keepdims=True)
     share = rate / jnp.where(total > 0, total, 1)
     # A gene that no cell has gets a share of its own, small as it is.

@@ -1,0 +1,162 @@
+"""What a fit returns: the parameters, how they were found, and the plan to apply them with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scdiffx._core.fields import fields_of_kind, learnables, replace
+from scdiffx._steps import Plan, initialised, replay
+
+__all__ = ["Fitted", "kept"]
+
+FORMAT = 1
+
+
+@dataclass
+class Fitted:
+    """A fitted plan.
+
+    Attributes
+    ----------
+    params
+        The parameters by name ("step.field"), as the operators use them.
+    losses
+        Loss before and after, on the training and the held-out cells: keys "train_before", "train_after",
+        "holdout_before", "holdout_after" (the last two with a holdout only).
+    adopted
+        Whether the fitted parameters won on the held-out cells (without a holdout: on the training cells). If not,
+        `params` are the defaults.
+    history
+        Lists "step", "train" and, with a holdout, "holdout".
+    """
+
+    calls: list[tuple[str, dict[str, Any]]]
+    params: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]
+    losses: dict[str, float]
+    adopted: bool
+    history: dict[str, list[float]]
+    genes: list[str]
+    _plan: Plan | None = field(default=None, repr=False)
+
+    def plan(self, adata: Any) -> Plan:
+        """The plan on an AnnData: the one it was fitted on, or a new one with the same genes."""
+        if self._plan is not None and adata is self._plan.adata:
+            return self._plan
+        if list(adata.var_names) != self.genes:
+            missing = sorted(set(self.genes) - set(adata.var_names))[:5]
+            raise ValueError(
+                f"`adata` must have the {len(self.genes)} genes of the fit in their order; it has {adata.n_vars}"
+                + (f", without {missing}" if missing else "")
+            )
+        return replay(self.calls, adata)
+
+    def apply(self, adata: Any = None, *, copy: bool = False) -> Any:
+        """Run the fitted plan and write its keys, on the AnnData of the fit or on new cells with the same genes.
+
+        What was estimated once (targets, gene means, components, thresholds) stays; neighbours are searched among the
+        cells given, and soft gene weights compare their variability with the thresholds of the fit.
+
+        Returns
+        -------
+        None, or the copy with ``copy=True``.
+        """
+        if adata is None:
+            if self._plan is None:
+                raise ValueError("this fit was loaded from a file: pass the AnnData to apply it to")
+            adata = self._plan.adata
+        target = self.plan(adata)
+        names = iter([step.name for step in target.steps])
+
+        def prepare(op: Any, args: tuple[Any, ...], key: Any) -> Any:
+            name = next(names)
+            return self._filled(name, initialised(self._with_networks(name, op), args, key))
+
+        return target.apply(prepare=prepare, copy=copy)
+
+    def _with_networks(self, name: str, op: Any) -> Any:
+        """The operator with its fitted networks, so that `init` does not train others first.
+
+        Such an `init` does nothing, so what it would have estimated beside the networks is put in place as well.
+        """
+        changes: dict[str, Any] = {}
+        for f in fields_of_kind(op, "learnable"):
+            start = f"{name}.{f.name}['"
+            net = {key[len(start) : -2]: jnp.asarray(v) for key, v in self.params.items() if key.startswith(start)}
+            if net and getattr(op, f.name) is None:
+                changes[f.name] = net
+        if changes:
+            empty = [f.name for f in fields_of_kind(op, "buffer") if getattr(op, f.name) is None]
+            found = {field: self.buffers.get(f"{name}.{field}") for field in empty}
+            changes |= {field: jnp.asarray(value) for field, value in found.items() if value is not None}
+        return replace(op, **changes)
+
+    def _filled(self, name: str, op: Any) -> Any:
+        """The operator with the fitted parameters and the statistics of the fit."""
+        changes: dict[str, Any] = {}
+        for stored, fields in ((self.params, learnables(op)), (self.buffers, kept(op))):
+            for f in fields:
+                flat, tree = jax.tree_util.tree_flatten_with_path(getattr(op, f))
+                keys = [f"{name}.{f}{jax.tree_util.keystr(path)}" for path, _ in flat]
+                if all(key in stored for key in keys) and keys:
+                    leaves = [_like(stored[key], old, key) for key, (_, old) in zip(keys, flat, strict=True)]
+                    changes[f] = jax.tree_util.tree_unflatten(tree, leaves)
+        return replace(op, **changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit to a folder: `arrays.npz` and `fit.json`. Nothing in it is code."""
+        folder = Path(path)
+        record = {
+            "format": FORMAT,
+            "calls": self.calls,
+            "losses": self.losses,
+            "adopted": self.adopted,
+            "history": self.history,
+        }
+        try:
+            text = json.dumps(record, indent=1)
+        except TypeError as error:
+            raise ValueError(f"the plan has an argument that cannot be saved: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"param/{k}": v for k, v in self.params.items()} | {f"buffer/{k}": v for k, v in self.buffers.items()}
+        arrays["genes"] = np.asarray(self.genes, dtype=str)
+        np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
+        (folder / "fit.json").write_text(text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fitted:
+        """Read a fit that `save` wrote; `apply` it to an AnnData with the same genes."""
+        folder = Path(path)
+        for name in ("fit.json", "arrays.npz"):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder} holds no saved fit: {name} is missing")
+        record = json.loads((folder / "fit.json").read_text())
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {record.get('format')!r}; this version reads {FORMAT}")
+        with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        genes = arrays.pop("genes").tolist()
+        params = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
+        buffers = {k.removeprefix("buffer/"): v for k, v in arrays.items() if k.startswith("buffer/")}
+        calls = [(name, dict(arguments)) for name, arguments in record["calls"]]
+        return cls(calls, params, buffers, record["losses"], record["adopted"], record["history"], genes)
+
+
+def _like(saved: np.ndarray, old: Any, key: str) -> Any:
+    if np.shape(old) != saved.shape:
+        raise ValueError(f"the saved {key!r} has shape {saved.shape}, but this plan needs {np.shape(old)}")
+    return jnp.asarray(saved)
+
+
+def kept(op: Any) -> list[str]:
+    """Buffers that are estimated once."""
+    return [
+        f.name for f in fields_of_kind(op, "buffer") if not f.metadata["structure"] and getattr(op, f.name) is not None
+    ]

@@ -53,6 +53,7 @@ def test_mixing_follows_lisi_cell_by_cell(embedded):
     assert scipy.stats.spearmanr(-ours, theirs).statistic > 0.85
 
 
+@pytest.mark.slow
 def test_mixing_ranks_uncorrected_corrected_and_shuffled_cells(lines, embedded):
     z, batch, keep = embedded
     corrected = lines.copy()
@@ -150,6 +151,7 @@ def test_entropy_is_scipys_relative_to_even_shares():
     assert bool(jnp.isfinite(jax.grad(Entropy(output="p"))(*given)).all())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_are_those_of_finite_differences(embedded, pbmc68k_reduced):
     z, batch = np.asarray(embedded[0][::4] / embedded[0].std(), np.float64), embedded[1][::4]
@@ -183,6 +185,7 @@ def test_no_array_grows_with_the_square_of_the_cells(embedded):
     assert sizes[1] <= 2.5 * sizes[0]
 
 
+@pytest.mark.slow
 def test_neighbours_for_mixing_are_found_anew_in_a_fit(lines):
     adata = lines.copy()
     plan = sd.plan(adata)

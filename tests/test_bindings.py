@@ -575,6 +575,19 @@ CASES = [
         {"maxiter": 20},
         keyed={"obsm/mine": "float32", "uns/mine": "mapping", "uns/mine/params": "mapping"},
     ),
+    Case(
+        "umap_densmap",
+        "tl.umap",
+        "graph",
+        {
+            "obsm/X_umap": "float32",
+            "uns/umap": "mapping",
+            "uns/umap/params": "mapping",
+            "uns/umap/density_correlation": "float",
+        },
+        {"maxiter": 20, "densmap": True},
+        slow=True,
+    ),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
     *(
         Case(
@@ -1166,6 +1179,8 @@ REFUSED = [
     ("archetypes", {"n_bootstrap": -1}, ValueError, "n_bootstrap=-1"),
     ("archetypes", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("umap", {"min_dist": 1.5}, ValueError, "min_dist=1.5.*spread=1"),
+    ("umap", {"densmap": True, "dens_lambda": 0.0}, ValueError, "dens_lambda=0"),
+    ("umap", {"densmap": True, "dens_frac": 1.5}, ValueError, "dens_frac=1.5"),
     ("umap", {"spread": 0.0}, ValueError, "spread=0"),
     ("umap", {"gamma": -1.0}, ValueError, "gamma=-1"),
     ("umap", {"maxiter": 0}, ValueError, "maxiter=0"),

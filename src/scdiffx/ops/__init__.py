@@ -31,7 +31,7 @@ from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
 from scdiffx.ops._transition_matrix import TransitionMatrix
-from scdiffx.ops._umap import UMAP, UMAPResult, UMAPSettings
+from scdiffx.ops._umap import UMAP, UMAPDensity, UMAPResult, UMAPSettings
 from scdiffx.ops._vae import VAE, Training, VAEResult
 from scdiffx.ops._velocity_embedding import VelocityEmbedding
 from scdiffx.ops._velocity_graph import VelocityGraph, VelocityGraphResult
@@ -105,6 +105,7 @@ __all__ = [
     "SwitchDEResult",
     "Training",
     "TransitionMatrix",
+    "UMAPDensity",
     "UMAPResult",
     "UMAPSettings",
     "VAEResult",

@@ -10,7 +10,7 @@ from scdiffx._core.eigsh import eigsh
 from scdiffx._core.graph import Graph
 from scdiffx._core.runtime import one_blas_thread
 
-__all__ = ["curve", "random_start", "rescaled", "spectral_start"]
+__all__ = ["curve", "log_radii", "random_start", "rescaled", "spectral_start"]
 
 _EXTENT = 10.0  # layouts start in a box of this size
 _DENSE = 256  # up to this size a component is decomposed densely
@@ -80,3 +80,12 @@ def _eigenvectors(weights: sp.csr_matrix, dims: int) -> np.ndarray:
     with one_blas_thread():
         found = eigsh(Graph.from_scipy(normal, np.float32), dims + 1, tol=1e-4)
     return np.asarray(found.vectors[:, 1:], np.float64)
+
+
+def log_radii(weights: sp.csr_matrix, distances: sp.csr_matrix) -> np.ndarray:
+    """The log of each cell's mean squared distance to its neighbours, weighed by the edges, as in densMAP."""
+    apart = distances.astype(np.float64)
+    apart = apart.maximum(apart.T)
+    total = np.asarray(weights.sum(1)).ravel()
+    mean = np.asarray(weights.multiply(apart.multiply(apart)).sum(1)).ravel() / np.where(total > 0, total, 1)
+    return np.log(1e-8 + mean)

@@ -9,7 +9,7 @@ import numpy as np
 
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
-from scdiffx._slots import Connectivities, Obsm, Slot, Uns, available, preset
+from scdiffx._slots import Connectivities, Distances, Obsm, Slot, Uns, available, preset
 from scdiffx._steps import Plan, Step, Write, apply, public
 from scdiffx.ops._umap import STARTS
 from scdiffx.ops._umap_start import curve
@@ -35,6 +35,10 @@ def umap(
     b: float | None = None,
     key_added: str | None = None,
     neighbors_key: str = "neighbors",
+    densmap: bool = False,
+    dens_lambda: float = 2.0,
+    dens_frac: float = 0.3,
+    dens_var_shift: float = 0.1,
     copy: bool = False,
     rng: Any = None,
 ) -> AnnData | None:
@@ -54,7 +58,7 @@ def umap(
     n_components
         Dimensions of the layout.
     maxiter
-        Number of epochs; by default 500, and 200 above 10,000 cells.
+        Number of epochs; by default 500, and 200 above 10,000 cells; with `densmap`, 200 more.
     alpha
         First learning rate; it falls linearly to 0.
     gamma
@@ -72,6 +76,11 @@ def umap(
         Key of both `obsm` and `uns` instead of "X_umap" and "umap".
     neighbors_key
         Key of `adata.uns` that describes the graph.
+    densmap
+        Whether the layout is to keep local densities too (densMAP).
+    dens_lambda, dens_frac, dens_var_shift
+        Weight of the densities, the share of epochs (the last ones) in which they count, and what is added to the
+        variance of the local radii; only with `densmap`.
     copy
         Return a copy instead of writing to `adata`.
 
@@ -82,7 +91,8 @@ def umap(
     `adata.obsm["X_umap" | key_added]` : float32 (cells, n_components)
         Coordinates.
     `adata.uns["umap" | key_added]` : dict
-        `params`: `a`, `b`, and the `random_state` where it is not 0.
+        `params`: `a`, `b`, and the `random_state` where it is not 0. With `densmap`, `density_correlation`: that of the
+        log local radii in the data and in the layout.
 
     Raises
     ------
@@ -96,12 +106,15 @@ def umap(
     References
     ----------
     McInnes, Healy and Melville (2018), UMAP: uniform manifold approximation and projection for dimension reduction.
+    Narayan, Berger and Cho (2021), Assessing single-cell transcriptomic variability through density-preserving data
+    visualization.
     """
     if isinstance(adata, Plan):
         raise ValueError(
             "`umap` cannot be part of a plan: its layout has no derivative. Call it on `fitted.apply(...)`"
         )
     _check(min_dist, spread, n_components, maxiter, alpha, gamma, negative_sample_rate, a, b)
+    density = _density(dens_lambda, dens_frac, dens_var_shift) if densmap else None
     seed = as_seed(one_rng(rng, random_state))
     if a is None or b is None:
         a, b = curve(min_dist, spread)
@@ -111,19 +124,24 @@ def umap(
     params = {"a": float(a), "b": float(b), **({"random_state": seed} if seed else {})}
 
     def notes(op: ops.UMAP, result: ops.UMAPResult, args: Any) -> Mapping[Slot, Any]:
-        return {Uns(entry): {"params": params}}
+        if op.density is None:
+            return {Uns(entry): {"params": params}}
+        known = np.asarray(op.density.radius, np.float64)
+        found = np.corrcoef(known, np.asarray(result.radius, np.float64))[0, 1]
+        return {Uns(entry): {"params": params, "density_correlation": float(found)}}
 
     step = Step(
         "umap",
         ops.UMAP(
             start=start,
+            density=density,
             a=float(a),
             b=float(b),
             n_components=n_components,
             n_epochs=maxiter,
             settings=ops.UMAPSettings(float(alpha), float(gamma), negative_sample_rate, method),
         ),
-        reads=(Connectivities(neighbors_key),),
+        reads=(Connectivities(neighbors_key), Distances(neighbors_key) if densmap else None),
         writes=(Write(Obsm(key), lambda op, result: result.embedding, np.float32),),
         message="computing UMAP",
         notes=notes,
@@ -159,6 +177,15 @@ def _check(
     ):
         if count is not None and count < least:
             raise ValueError(f"{name}={count!r} must be at least {least}")
+
+
+def _density(weight: float, share: float, shift: float) -> ops.UMAPDensity:
+    for name, value in (("dens_lambda", weight), ("dens_var_shift", shift)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r} must be greater than 0")
+    if not 0 < share <= 1:
+        raise ValueError(f"dens_frac={share!r} must be greater than 0 and at most 1")
+    return ops.UMAPDensity(float(weight), float(share), float(shift))
 
 
 def _start(adata: AnnData, init_pos: Any, dims: int) -> tuple[str, Any]:

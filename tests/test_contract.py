@@ -85,6 +85,7 @@ SLOW = {
     "normalize_total_excluding",
     "scale_uncentred",
     "steady_state",
+    "umap",
     "vae_zinb",
     "velocity_graph_plain",
 }
@@ -459,6 +460,16 @@ CASES = [
         lambda r: r.probabilities,
         budget=50,
         learns=("temperature",),
+        equivariant=False,
+    ),
+    Case(
+        "umap",
+        lambda: ops.UMAP(n_epochs=5),
+        lambda d: (d.graph,),
+        lambda r: r.embedding,
+        budget=100,
+        # The coordinates have no useful derivative: that of the loss is in test_umap.
+        differentiable=False,
         equivariant=False,
     ),
 ]

@@ -31,6 +31,7 @@ from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
 from scdiffx.ops._transition_matrix import TransitionMatrix
+from scdiffx.ops._umap import UMAP, UMAPDensity, UMAPResult, UMAPSettings
 from scdiffx.ops._vae import VAE, Training, VAEResult
 from scdiffx.ops._velocity_embedding import VelocityEmbedding
 from scdiffx.ops._velocity_graph import VelocityGraph, VelocityGraphResult
@@ -39,6 +40,7 @@ __all__ = [
     "DIFFERENTIABLE_METRICS",
     "KERNELS",
     "PCA",
+    "UMAP",
     "VAE",
     "Archetypes",
     "ArchetypesResult",
@@ -103,6 +105,9 @@ __all__ = [
     "SwitchDEResult",
     "Training",
     "TransitionMatrix",
+    "UMAPDensity",
+    "UMAPResult",
+    "UMAPSettings",
     "VAEResult",
     "VelocityEmbedding",
     "VelocityGraph",

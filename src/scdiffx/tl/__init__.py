@@ -15,6 +15,7 @@ from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._switch_de import switch_de
 from scdiffx.tl._transition_matrix import transition_matrix
+from scdiffx.tl._umap import umap
 from scdiffx.tl._uncertainty import uncertainty
 from scdiffx.tl._velocity import velocity
 from scdiffx.tl._velocity_embedding import velocity_embedding
@@ -39,6 +40,7 @@ __all__ = [
     "simulate",
     "switch_de",
     "transition_matrix",
+    "umap",
     "uncertainty",
     "velocity",
     "velocity_embedding",

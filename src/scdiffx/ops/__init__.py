@@ -18,6 +18,7 @@ from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
+from scdiffx.ops._logistic_annotation import LogisticAnnotation, LogisticAnnotationResult
 from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
@@ -72,6 +73,8 @@ __all__ = [
     "Leiden",
     "LeidenResult",
     "Log1p",
+    "LogisticAnnotation",
+    "LogisticAnnotationResult",
     "Magic",
     "MagicResult",
     "Moments",

@@ -1,5 +1,6 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._annotate import annotate
 from scdiffx.tl._archetypes import archetypes
 from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
@@ -21,6 +22,7 @@ from scdiffx.tl._velocity_embedding import velocity_embedding
 from scdiffx.tl._velocity_graph import velocity_graph
 
 __all__ = [
+    "annotate",
     "archetypes",
     "attribution",
     "differential_distribution",

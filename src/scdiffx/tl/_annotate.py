@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +13,19 @@ from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Slot, Uns, X, available, matrix_of
 from scdiffx._steps import Plan, Step, Write, apply, public
-from scdiffx.tl._annotation_reference import fitted_to, warn_if_counts
+from scdiffx.tl._annotation_model import (
+    UNASSIGNED,
+    AnnotationModel,
+    check_fit,
+    labels_of,
+    reference_model,
+    warn_if_counts,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 MODES = ("celltypist",)
-UNASSIGNED = "unassigned"
 # CellTypist's resolutions of clusters for the vote: for up to so many cells.
 _RESOLUTIONS = ((5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20), (200_000, 25))
 # A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
@@ -31,7 +38,7 @@ def annotate(
     mode: str = "celltypist",
     *,
     labels_key: str | None = None,
-    reference: AnnData | None = None,
+    reference: AnnData | AnnotationModel | str | Path | None = None,
     layer: str | None = None,
     penalty: float | None = None,
     threshold: float = 0.5,
@@ -59,10 +66,10 @@ def annotate(
         "celltypist".
     labels_key
         Column of `obs` with the known types. Without a `reference`, cells where it is missing are annotated from the
-        others, which keep their labels.
+        others, which keep their labels. Not with a model as `reference`.
     reference
         Cells with labels, normalised alike: all cells of `adata` are annotated from these, by the genes of both. Their
-        own cells without a label do not count.
+        cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to.
     layer
         Layer with the values, here and in the reference, instead of `X`.
     penalty
@@ -127,7 +134,11 @@ def annotate(
     al. (2017), On calibration of modern neural networks.
     """
     data = adata.adata if isinstance(adata, Plan) else adata
-    _check_settings(mode, penalty, threshold, n_folds)
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")
+    check_fit(penalty, n_folds)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
     seed = as_seed(one_rng(rng, random_state))
     op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=float(threshold))
     if reference is None:
@@ -139,8 +150,8 @@ def annotate(
             )
         labels = Labels(codes)
     else:
-        names, codes = labels_of(reference, labels_key, "reference")
-        op, labels = fitted_to(op, reference, codes, layer, data, seed), None
+        op, names = reference_model(op, reference, labels_key, layer, data, seed)
+        labels = None
     if not isinstance(adata, Plan):
         warn_if_counts(matrix_of(data, layer), "adata")
     clusters = _clusters(adata, over_clustering, neighbors_key, seed) if majority_voting else None
@@ -148,7 +159,7 @@ def annotate(
         raise ValueError(f"over_clustering={over_clustering!r} has no meaning without majority_voting=True")
     params = {
         "mode": mode,
-        "labels_key": labels_key,
+        **({} if labels_key is None else {"labels_key": labels_key}),
         "threshold": float(threshold),
         "majority_voting": majority_voting,
         **({} if over_clustering is None else {"over_clustering": over_clustering}),
@@ -174,39 +185,6 @@ def annotate(
         rng=seed,
     )
     return apply(adata, step, copy=copy)
-
-
-def _check_settings(mode: str, penalty: float | None, threshold: float, n_folds: int) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")
-    if penalty is not None and not (penalty > 0 and np.isfinite(penalty)):
-        raise ValueError(f"penalty={penalty!r} must be greater than 0")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
-    if n_folds < 2:
-        raise ValueError(f"n_folds={n_folds!r} must be at least 2")
-
-
-def labels_of(data: AnnData, labels_key: str | None, what: str) -> tuple[list[str], np.ndarray]:
-    """The names of the types, sorted, and the number of each cell's; -1 where the label is missing."""
-    if labels_key is None:
-        raise ValueError(f"pass labels_key=, the column of `{what}.obs` with the types. It has {available(data.obs)}")
-    if labels_key not in data.obs:
-        raise KeyError(f"labels_key={labels_key!r} is not in `{what}.obs`. Available: {available(data.obs)}")
-    column = data.obs[labels_key]
-    missing = column.isna().to_numpy()
-    text = column.astype(str).to_numpy(object)
-    names = sorted(set(text[~missing]))
-    if len(names) < 2:
-        raise ValueError(f"labels_key={labels_key!r} names {len(names)} types in `{what}.obs`; at least two are needed")
-    if UNASSIGNED in names:
-        raise ValueError(f"labels_key={labels_key!r} has the type {UNASSIGNED!r}: set the label of such cells to NaN")
-    if len({name.replace("/", "|") for name in names}) < len(names):
-        raise ValueError(
-            f"labels_key={labels_key!r}: two types differ only by '/' for '|', which files cannot tell apart"
-        )
-    number = {name: i for i, name in enumerate(names)}
-    return names, np.array([-1 if gone else number[t] for t, gone in zip(text, missing, strict=True)], np.int32)
 
 
 def _clusters(adata: AnnData | Plan, over_clustering: str | None, neighbors_key: str, seed: int) -> Slot:

@@ -1,6 +1,6 @@
 """Annotation beside CellTypist, a kNN and nearest centroids: halves of known cells, calibration, unseen types, batches.
 
-    python benchmarks/annotate.py --peer PYTHON [--data ../shared/data] [--seeds 3] [--json out.json]
+    python benchmarks/annotate.py --peer PYTHON [--data ../shared/data] [--sets NAME ...] [--seeds 3] [--json out.json]
 
 Half of the cells of each type (stratified, one split a seed) are the reference, the other half the query, in logarithms
 of counts normalised to 10,000. `--peer` is a Python with celltypist 1.7.1 and scikit-learn < 1.8 (celltypist passes an
@@ -179,13 +179,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = [quality(name, given.data, given.seeds, given.peer) for name in SETS]
-    rows += [unseen(name, given.data, given.peer) for name in SETS]
-    rows.append(batches(given.data, given.peer))
+    rows = [quality(name, given.data, given.seeds, given.peer) for name in given.sets]
+    rows += [unseen(name, given.data, given.peer) for name in given.sets]
+    if "mixology_sc" in given.sets:
+        rows.append(batches(given.data, given.peer))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1))
 

@@ -173,7 +173,7 @@ def envelope(data: Training, fold: np.ndarray, n_folds: int) -> Envelope:
     """Centres and spread of the types in principal components, and limits from the cells of each fold."""
     variance = np.asarray(data.variance)
     genes = np.sort(np.argsort(-variance, kind="stable")[:_VARIABLE])
-    values = data.variable(genes)
+    values = data.variable(genes).astype(np.float32)
     square = np.zeros(len(fold))
     # One product for the components with and without each fold.
     grams = [values[fold == number].T @ values[fold == number] for number in range(n_folds)]

@@ -109,24 +109,27 @@ class LogisticAnnotation:
         with one_blas_thread(), jax.enable_x64(True):
             data = standards(rows(x, known), codes[known])
             fold = folds(data.codes, self.n_folds, np.random.default_rng(seed))
-            op = self._chosen(data, fold)
+            op, start = self._chosen(data, fold)
             assert op.penalty is not None
-            weights, bias, converged = logistic(data, np.ones(len(known)), op.penalty, tol=_TOLERANCE)
+            weights, bias, converged = logistic(data, np.ones(len(known)), op.penalty, start, _TOLERANCE)
             spread = envelope(data, fold, self.n_folds)
         if not converged:
             warn(f"the logistic regression has not converged at penalty={op.penalty}: lower it")
         op = replace(op, weights=weights, bias=bias, spread=spread)
         return jax.tree.map(lambda v: v.astype(x.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v, op)
 
-    def _chosen(self, data: Training, fold: np.ndarray) -> LogisticAnnotation:
-        """With what held-out cells tell of each fold's model: the temperature, and the penalty if not given."""
+    def _chosen(self, data: Training, fold: np.ndarray) -> tuple[LogisticAnnotation, tuple[Array, Array]]:
+        """With what held-out cells tell of each fold's model: the temperature, and the penalty if not given.
+
+        And the mean model of the folds, near that of all cells.
+        """
         # The only cell of its type cannot be told by a model that has never seen one.
         counted = np.bincount(data.codes)[data.codes] > 1
         if not counted.any():
             raise ValueError("each type has a single cell: none can be held out to calibrate probabilities")
         right = data.codes[counted]
         starts: list[Any] = [None] * self.n_folds
-        best: tuple[float, float, float, np.ndarray] | None = None
+        best: tuple[float, float, float, np.ndarray, tuple[Array, Array]] | None = None
         for penalty in PENALTIES if self.penalty is None else (self.penalty,):
             logits = np.zeros((len(fold), data.n_types))
             for number in range(self.n_folds):
@@ -136,18 +139,20 @@ class LogisticAnnotation:
             heat, loss = temperature(logits[counted], right)
             if best is not None and loss >= best[0]:
                 break  # a weaker ridge does not help: the loss has one minimum over it
-            best = loss, penalty, heat, logits[counted] / heat
+            mean = jax.tree.map(lambda *parts: sum(parts) / self.n_folds, *starts)
+            best = loss, penalty, heat, logits[counted] / heat, mean
         assert best is not None
         chances = np.exp(best[3] - best[3].max(1, keepdims=True))
         chances /= chances.sum(1, keepdims=True)
         told = chances.argmax(1) == right
         held_out = (told.mean(), calibration_error(chances.max(1), told))
-        return replace(
+        op = replace(
             self,
             penalty=best[1],
             temperature=jnp.asarray(best[2], data.x.dtype),
             standards=Standards(data.mean, data.sd, *(jnp.asarray(v, data.x.dtype) for v in held_out)),
         )
+        return op, best[4]
 
     def __call__(
         self,

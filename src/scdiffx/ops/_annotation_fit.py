@@ -88,16 +88,24 @@ def standardised(x: Array, mean: Array, sd: Array) -> Array:
     return jnp.minimum((x - mean) / sd, MAX_VALUE)
 
 
+_moments = jax.jit(C.column_moments)
+
+
+@jax.jit
+def _dense(x: C.Matrix, mean: Array, sd: Array) -> Float[Array, "cells genes"]:
+    return C.map_rows(x, lambda block: standardised(block, mean, sd))
+
+
 def standards(x: C.Matrix, codes: np.ndarray) -> Training:
     """The training cells; a gene that does not vary is divided by 1."""
     n = x.shape[0]
-    mean, variance = jax.jit(C.column_moments)(x)
+    mean, variance = _moments(x)
     variance = variance * (n - 1) / n
     constant = variance <= (8 * jnp.finfo(x.dtype).eps * mean) ** 2
     sd = jnp.where(constant, 1, jnp.sqrt(variance))
     dense = not isinstance(x, C.Counts) or n * x.shape[1] <= _DENSE
     if dense:
-        x = jax.jit(lambda x: C.map_rows(x, lambda block: standardised(block, mean, sd)))(x)
+        x = _dense(x, mean, sd)
     return Training(x, codes, mean, sd, jnp.where(constant, 0, variance), dense)
 
 

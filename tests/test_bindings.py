@@ -106,6 +106,19 @@ def kmeans_keys(key: str) -> dict[str, str]:
     }
 
 
+def annotation_keys(key: str) -> dict[str, str]:
+    numbers = ("penalty", "temperature", "accuracy", "calibration_error", "unlike", "unassigned")
+    return {
+        f"obs/{key}": "category",
+        f"obs/{key}_confidence": "float32",
+        f"obsm/{key}_probabilities": "DataFrame",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/names": "object",
+        **{f"uns/{key}/{name}": "float" for name in numbers},
+    }
+
+
 def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
     weights = "encoder_in encoder_gain encoder_bias encoder_out encoder_out_bias decoder_in decoder_batch decoder_out"
     curves = ("train", "validation", "validation_nll")
@@ -567,6 +580,15 @@ CASES = [
         {"max_archetypes": 4, "n_init": 1, "n_bootstrap": 2},
         keyed=archetype_keys("mine", "curve", "spread"),
     ),
+    Case(
+        "annotate",
+        "tl.annotate",
+        "labelled",
+        annotation_keys("annotation"),
+        {"labels_key": "known", "penalty": 0.1, "n_folds": 2},
+        keyed=annotation_keys("mine"),
+        matrix=True,
+    ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
         "umap",
@@ -673,6 +695,7 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
+        "labelled": ("log", lambda a: a.obs.insert(0, "known", a.obs["cell_type"].where(np.arange(CELLS) % 3 > 0))),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
         "coupled": ("timed", lambda a: sd.tl.ot_trajectory(a, "day")),
         "spliced": ("graph", with_unspliced),
@@ -747,8 +770,9 @@ def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
 
 def test_every_public_function_has_a_case() -> None:
     public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
-    # Two return new cells, two take a plan only: they have tests of their own.
+    # Two return new cells, two take a plan only, two are a model and make one: they have tests of their own.
     apart = {"tl.simulate", "tl.ot_interpolate", "tl.uncertainty", "tl.influence"}
+    apart |= {"tl.annotation_model", "tl.AnnotationModel"}
     assert public - apart == set(FUNCTIONS)
 
 
@@ -1190,6 +1214,18 @@ REFUSED = [
     ("umap", {"init_pos": "absent"}, KeyError, r"'absent'.*'spectral'.*'X_pca'"),
     ("umap", {"init_pos": "paga"}, ValueError, "paga"),
     ("umap", {"init_pos": "X_pca"}, ValueError, rf"\({CELLS}, 9\).*\({CELLS}, 2\)"),
+    ("annotate", {"mode": "scanvi"}, ValueError, r"mode='scanvi'.*'celltypist'"),
+    ("annotate", {"labels_key": None}, ValueError, "pass labels_key=.*'known'"),
+    ("annotate", {"labels_key": "absent"}, KeyError, r"'absent'.*'known'"),
+    ("annotate", {"labels_key": "cell_type"}, ValueError, "every cell has a label.*reference="),
+    ("annotate", {"labels_key": "only"}, ValueError, "'only' names 1 types"),
+    ("annotate", {"penalty": 0.0}, ValueError, "penalty=0"),
+    ("annotate", {"threshold": 1.5}, ValueError, "threshold=1.5"),
+    ("annotate", {"n_folds": 1}, ValueError, "n_folds=1"),
+    ("annotate", {"over_clustering": "batch"}, ValueError, "'batch' has no meaning without majority_voting"),
+    ("annotate", {"majority_voting": True, "over_clustering": "absent"}, KeyError, "'absent'.*'batch'"),
+    ("annotate", {"majority_voting": True, "over_clustering": "missing"}, ValueError, "missing for some"),
+    ("annotate", {"majority_voting": True}, ValueError, "Run `sc.pp.neighbors` first"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),

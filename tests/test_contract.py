@@ -79,6 +79,7 @@ SLOW = {
     "highly_variable_cutoffs",
     "kmeans_hard",
     "log1p_base_2",
+    "logistic_annotation",
     "magic_on_graph",
     "neighbors_cosine",
     "neighbors_gauss",
@@ -366,6 +367,17 @@ CASES = [
             learns=("temperature",),
         )
         for name, settings in (("hard", {"temperature": 3.0}), ("soft", {"temperature": 5.0, "n_soft": 3}))
+    ),
+    Case(
+        "logistic_annotation",
+        lambda: ops.LogisticAnnotation(penalty=0.01, n_folds=2),
+        lambda d: (d.log,),
+        lambda r: (r.probabilities, r.confidence, r.distance),
+        budget=150,
+        learns=("weights", "bias", "temperature"),
+        # Which cells are held out together depends on their order.
+        equivariant=False,
+        start=lambda d: (d.log, jnp.argmax(d.coordinates[:, :3], 1)),
     ),
     Case(
         "moments",

@@ -112,10 +112,14 @@ class Var(_Column):
 
 @dataclass(frozen=True)
 class _Array(Ordered):
-    """An array along the cells or the genes; `columns` are names for its columns, where these have any."""
+    """An array along the cells or the genes; `columns` are names for its columns, where these have any.
+
+    With `frame` it is written as a data frame of these columns.
+    """
 
     key: str
     columns: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    frame: bool = field(default=False, compare=False, repr=False)
     _where = ""
 
     def _mapping(self, adata: Any) -> Any:
@@ -134,7 +138,12 @@ class _Array(Ordered):
         return jnp.asarray(value)
 
     def host(self, adata: Any, value: Any) -> Any:
-        return np.asarray(value)
+        if not self.frame:
+            return np.asarray(value)
+        import pandas as pd
+
+        index = adata.obs_names if self._where == "obsm" else adata.var_names
+        return pd.DataFrame(np.array(value), index=index, columns=list(self.columns))
 
     def write(self, adata: Any, value: Any) -> None:
         self._mapping(adata)[self.key] = value

@@ -5,6 +5,7 @@ from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
+from scdiffx.ops._annotation_fit import Envelope
 from scdiffx.ops._archetypes import Archetypes, ArchetypesResult
 from scdiffx.ops._cell_weights import CellWeights
 from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
@@ -18,6 +19,7 @@ from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
+from scdiffx.ops._logistic_annotation import LogisticAnnotation, LogisticAnnotationResult, Standards
 from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
@@ -59,6 +61,7 @@ __all__ = [
     "Dynamics",
     "DynamicsFit",
     "DynamicsResult",
+    "Envelope",
     "FateProbabilities",
     "FateProbabilitiesResult",
     "Graph",
@@ -74,6 +77,8 @@ __all__ = [
     "Leiden",
     "LeidenResult",
     "Log1p",
+    "LogisticAnnotation",
+    "LogisticAnnotationResult",
     "Magic",
     "MagicResult",
     "Moments",
@@ -99,6 +104,7 @@ __all__ = [
     "SimulateResult",
     "Solo",
     "SoloResult",
+    "Standards",
     "SteadyState",
     "SteadyStateResult",
     "SwitchDE",

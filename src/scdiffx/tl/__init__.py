@@ -1,5 +1,7 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._annotate import annotate
+from scdiffx.tl._annotation_model import AnnotationModel, annotation_model
 from scdiffx.tl._archetypes import archetypes
 from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
@@ -22,6 +24,9 @@ from scdiffx.tl._velocity_embedding import velocity_embedding
 from scdiffx.tl._velocity_graph import velocity_graph
 
 __all__ = [
+    "AnnotationModel",
+    "annotate",
+    "annotation_model",
     "archetypes",
     "attribution",
     "differential_distribution",

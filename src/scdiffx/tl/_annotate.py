@@ -1,0 +1,239 @@
+"""Cell types from labelled cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scdiffx import ops
+from scdiffx._core.random import as_seed, one_rng
+from scdiffx._log import warn
+from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Slot, Uns, X, available, matrix_of
+from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.tl._annotation_model import (
+    UNASSIGNED,
+    AnnotationModel,
+    check_fit,
+    labels_of,
+    reference_model,
+    warn_if_counts,
+)
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+MODES = ("celltypist",)
+# CellTypist's resolutions of clusters for the vote: for up to so many cells.
+_RESOLUTIONS = ((5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20), (200_000, 25))
+# A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
+_SUSPICIOUS = 3
+
+
+@public
+def annotate(
+    adata: AnnData | Plan,
+    mode: str = "celltypist",
+    *,
+    labels_key: str | None = None,
+    reference: AnnData | AnnotationModel | str | Path | None = None,
+    layer: str | None = None,
+    penalty: float | None = None,
+    threshold: float = 0.5,
+    majority_voting: bool = False,
+    over_clustering: str | None = None,
+    neighbors_key: str = "neighbors",
+    n_folds: int = 3,
+    random_state: Any = None,
+    key_added: str = "annotation",
+    copy: bool = False,
+    rng: Any = None,
+) -> AnnData | None:
+    """Name the types of cells after those of labelled cells.
+
+    ``mode="celltypist"``: CellTypist's logistic regression on standardised logarithms, as one multinomial model. Its
+    probabilities are calibrated on labelled cells that were held out, and a cell unlike those of its most probable type
+    is unassigned, however probable that type is among the others.
+
+    Parameters
+    ----------
+    adata
+        Annotated data (cells x genes) with logarithms of normalised values, as :func:`scdiffx.pp.normalize_total` with
+        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them; or a plan.
+    mode
+        "celltypist".
+    labels_key
+        Column of `obs` with the known types. Without a `reference`, cells where it is missing are annotated from the
+        others, which keep their labels. Not with a model as `reference`.
+    reference
+        Cells with labels, normalised alike: all cells of `adata` are annotated from these, by the genes of both. Their
+        cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to.
+    layer
+        Layer with the values, here and in the reference, instead of `X`.
+    penalty
+        Strength of the data against the ridge, scikit-learn's and CellTypist's `C` (1 in CellTypist). By default that
+        of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best.
+    threshold
+        Cells are "unassigned" where the confidence is lower, in [0, 1].
+    majority_voting
+        Give all cells of a cluster the type that is the most frequent among them ("unassigned" is one too).
+    over_clustering
+        Column of `obs` with the clusters for the vote. By default Leiden clusters of the neighbour graph at
+        CellTypist's resolutions, from 5 to 30 by the number of cells; in a plan, run :func:`leiden` and give its
+        column.
+    neighbors_key
+        Where these clusters find the graph.
+    n_folds
+        Into so many parts labelled cells are dealt, each to be held out once.
+    random_state, rng
+        Seed of the folds: an integer, a numpy generator or a JAX key; give one of the two. Default 0.
+    key_added
+        Name of the results.
+    copy
+        Return a copy instead of writing to `adata`.
+
+    Returns
+    -------
+    None, or the copy. Sets:
+
+    `adata.obs["annotation" | key_added]` : categorical of str (cells,)
+        The type, or "unassigned".
+    `adata.obs["annotation_confidence" | f"{key_added}_confidence"]` : float32 (cells,)
+        Probability of the most probable type, lowered for cells unlike those of that type: in [0, 1]. For cells with a
+        label 1.
+    `adata.obsm["annotation_probabilities" | f"{key_added}_probabilities"]` : DataFrame of float32 (cells, types)
+        Calibrated probabilities, one column for each type; "/" in its name is written "|", for files cannot hold it.
+    `adata.uns["annotation" | key_added]` : dict
+        `params`; the `names` of the types; the `penalty` and `temperature` used; `accuracy` and `calibration_error`
+        (expected, over 15 bins) of labelled cells held out; the shares `unlike` (of 2 % expected) and
+        `unassigned` of the annotated cells.
+
+    Raises
+    ------
+    KeyError
+        If a column or layer does not exist.
+    ValueError
+        If there are fewer than two types, no cell to annotate, no gene in common, or a setting is not usable.
+
+    Warns
+    -----
+    UserWarning
+        If the values look like counts; if the reference is normalised to other totals or shares few genes; or if many
+        more cells than the expected 2 % are unlike those of their type, as where the reference lacks a type or another
+        batch looks different.
+
+    Notes
+    -----
+    A type that the reference lacks, but that is much like one it has, is given the name of that: on real blood cells a
+    third of the cells of such types were unassigned on average, from none to all (see the documentation's figures).
+
+    In a plan, weights, bias and temperature are learnable and start at the fit; derivatives reach the expression.
+
+    References
+    ----------
+    Dominguez Conde et al. (2022), Cross-tissue immune cell analysis reveals tissue-specific features in humans. Guo et
+    al. (2017), On calibration of modern neural networks.
+    """
+    data = adata.adata if isinstance(adata, Plan) else adata
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")
+    check_fit(penalty, n_folds)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
+    seed = as_seed(one_rng(rng, random_state))
+    op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=float(threshold))
+    if reference is None:
+        names, codes = labels_of(data, labels_key, "adata")
+        if (codes >= 0).all():
+            raise ValueError(
+                f"every cell has a label in labels_key={labels_key!r}: pass `reference=`, or set the labels of the "
+                "cells to annotate to NaN"
+            )
+        labels = Labels(codes)
+    else:
+        op, names = reference_model(op, reference, labels_key, layer, data, seed)
+        labels = None
+    if not isinstance(adata, Plan):
+        warn_if_counts(matrix_of(data, layer), "adata")
+    clusters = _clusters(adata, over_clustering, neighbors_key, seed) if majority_voting else None
+    if over_clustering is not None and not majority_voting:
+        raise ValueError(f"over_clustering={over_clustering!r} has no meaning without majority_voting=True")
+    params = {
+        "mode": mode,
+        **({} if labels_key is None else {"labels_key": labels_key}),
+        "threshold": float(threshold),
+        "majority_voting": majority_voting,
+        **({} if over_clustering is None else {"over_clustering": over_clustering}),
+        "n_folds": n_folds,
+        "random_state": seed,
+    }
+    columns = tuple(name.replace("/", "|") for name in names)
+    step = Step(
+        "annotate",
+        op,
+        reads=(X(layer), labels, clusters),
+        writes=(
+            Write(Obs(key_added), lambda op, result: result.types),
+            Write(Obs(f"{key_added}_confidence"), lambda op, result: result.confidence, np.float32),
+            Write(
+                Obsm(f"{key_added}_probabilities", columns, frame=True),
+                lambda op, result: result.probabilities,
+                np.float32,
+            ),
+        ),
+        message="annotating cells",
+        notes=_notes(key_added, names, params),
+        rng=seed,
+    )
+    return apply(adata, step, copy=copy)
+
+
+def _clusters(adata: AnnData | Plan, over_clustering: str | None, neighbors_key: str, seed: int) -> Slot:
+    if over_clustering is not None:
+        slot = Obs(over_clustering, codes=True)
+        data = adata.adata if isinstance(adata, Plan) else adata
+        if not (adata.has(slot) if isinstance(adata, Plan) else slot.exists(data)):
+            raise KeyError(
+                f"over_clustering={over_clustering!r} is not in `adata.obs`. Available: {available(data.obs)}"
+            )
+        if over_clustering in data.obs and data.obs[over_clustering].isna().any():
+            raise ValueError(f"over_clustering={over_clustering!r} is missing for some cells")
+        return slot
+    if isinstance(adata, Plan):
+        raise ValueError("in a plan the clusters for the vote are a step: run `sd.tl.leiden`, pass over_clustering=")
+    graph = Connectivities(neighbors_key).read(adata)
+    resolution = next((r for most, r in _RESOLUTIONS if adata.n_obs < most), 30)
+    membership = ops.Leiden(resolution=float(resolution), n_iterations=2, seed=seed).init(graph).membership
+    return Labels(np.asarray(membership))
+
+
+def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
+    def notes(op: ops.LogisticAnnotation, result: ops.LogisticAnnotationResult, args: Any) -> Mapping[Slot, Any]:
+        import pandas as pd
+
+        assert op.standards is not None
+        types = np.asarray(result.types)
+        query = np.ones(len(types), bool) if args[1] is None else np.asarray(args[1]) < 0
+        unlike = float((np.asarray(result.distance)[query] > 1).mean())
+        expected = 1 - ops.LogisticAnnotation.INSIDE
+        if unlike > _SUSPICIOUS * expected:
+            warn(
+                f"{unlike:.0%} of the cells are unlike the labelled cells of their type, where {expected:.0%} are "
+                "expected: the reference may lack a type, or be of another batch or normalisation"
+            )
+        entry = {
+            "params": params,
+            "names": np.asarray(names, dtype=object),
+            "penalty": float(op.penalty or 0),
+            "temperature": float(np.asarray(op.temperature)),
+            "accuracy": float(op.standards.accuracy),
+            "calibration_error": float(op.standards.calibration_error),
+            "unlike": unlike,
+            "unassigned": float((types[query] < 0).mean()),
+        }
+        codes = np.where(types < 0, len(names), types)
+        return {Obs(key): pd.Categorical.from_codes(codes, [*names, UNASSIGNED]), Uns(key): entry}
+
+    return notes

@@ -2,9 +2,9 @@
 
     python benchmarks/integrate.py [--data mixology_sc worm_embryo harmony_cell_lines] [--seeds 0 1 2]
 
-Each on the same 30 components (those given, for harmony_cell_lines) with the batches of the data set; `vae` on the counts
-of the same genes. Mixing: inverse Simpson's index of the batches among 30 neighbours, 0 apart to 1 as in all cells.
-Conservation: accuracy of a vote of 15 neighbours for the label, and the best adjusted Rand index over six Leiden
+Each on the same 30 components (those given, for harmony_cell_lines) with the batches of the data set; `vae` on the
+counts of the same genes. Mixing: inverse Simpson's index of the batches among 30 neighbours, 0 apart, 1 as in all
+cells. Conservation: accuracy of a vote of 15 neighbours for the label, and the best adjusted Rand index over six Leiden
 resolutions. Shuffled cells mix perfectly and keep nothing, so the overall score is scIB's .4 mixing + .6 conservation.
 Means and standard deviations over seeds, and processor seconds.
 """

@@ -80,6 +80,7 @@ SLOW = {
     "kmeans_hard",
     "log1p_base_2",
     "magic_on_graph",
+    "mmd_integrate",
     "neighbors_cosine",
     "neighbors_gauss",
     "normalize_total_excluding",
@@ -87,6 +88,7 @@ SLOW = {
     "steady_state",
     "vae_zinb",
     "velocity_graph_plain",
+    "wgan_integrate",
 }
 
 
@@ -291,6 +293,19 @@ CASES = [
         lambda r: r.imputed,
         budget=150,
         learns=("t", "self_weight", "filter"),
+    ),
+    *(
+        Case(
+            name,
+            functools.partial(op, n_hidden=8, training=ops.IntegrationTraining(max_steps=3, check_every=2)),
+            lambda d: (d.coordinates, d.batch),
+            lambda r: r.corrected,
+            budget=200,
+            learns=("net",),
+            # The first weights meet the cells in their order.
+            equivariant=False,
+        )
+        for name, op in (("mmd_integrate", ops.MMDIntegrate), ("wgan_integrate", ops.WGANIntegrate))
     ),
     Case(
         "harmony",

@@ -414,6 +414,25 @@ CASES = [
         )
         for name, key in (("harmony", "batch"), ("harmony_columns", ["batch", "cell_type"]))
     ),
+    *(
+        Case(
+            name,
+            f"pp.{name}_integrate",
+            "reduced",
+            {
+                f"obsm/X_{name}": "float32",
+                **{f"uns/{name}{part}": "mapping" for part in ("", "/params", "/history")},
+                **{
+                    f"uns/{name}/history/{part}": "float64"
+                    for part in ("reconstruction", "discrepancy", "mixing", "conservation")
+                },
+                f"uns/{name}/history/kept": "int",
+            },
+            {"key": "batch", "max_steps": 2, "n_hidden": 8, "progress": False},
+            slow=name == "wgan",
+        )
+        for name in ("mmd", "wgan")
+    ),
     Case(
         "denoise",
         "pp.denoise",
@@ -1110,6 +1129,14 @@ REFUSED = [
     ("vae", {"max_epochs": 0}, ValueError, "max_epochs=0"),
     ("vae", {"patience": 0}, ValueError, "patience=0"),
     ("vae", {"library_size": 0}, ValueError, "library_size=0"),
+    ("mmd", {"key": "absent"}, KeyError, r"key='absent'.*'batch'"),
+    ("mmd", {"key": "partial"}, ValueError, "key='partial' is missing for 1 of"),
+    ("mmd", {"key": "only"}, ValueError, "all cells are of one batch"),
+    ("mmd", {"basis": "X_absent"}, KeyError, r"basis='X_absent'.*'X_pca'"),
+    ("mmd", {"weight": 0}, ValueError, "weight=0"),
+    ("mmd", {"n_hidden": 0}, ValueError, "n_hidden=0"),
+    ("wgan", {"max_steps": 0}, ValueError, "max_steps=0"),
+    ("wgan", {"patience": 0}, ValueError, "patience=0"),
     ("harmony", {"key": "absent"}, KeyError, r"key='absent'.*'batch'"),
     ("harmony", {"key": ["batch", "partial"]}, ValueError, "key='partial' is missing for 1 of"),
     ("harmony", {"key": []}, ValueError, "there must be a column"),

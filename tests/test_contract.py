@@ -81,6 +81,7 @@ SLOW = {
     "log1p_base_2",
     "logistic_annotation",
     "magic_on_graph",
+    "mmd_integrate",
     "neighbors_cosine",
     "neighbors_gauss",
     "normalize_total_excluding",
@@ -89,6 +90,7 @@ SLOW = {
     "umap",
     "vae_zinb",
     "velocity_graph_plain",
+    "wgan_integrate",
 }
 
 
@@ -293,6 +295,19 @@ CASES = [
         lambda r: r.imputed,
         budget=150,
         learns=("t", "self_weight", "filter"),
+    ),
+    *(
+        Case(
+            name,
+            functools.partial(op, n_hidden=8, training=ops.IntegrationTraining(max_steps=3, check_every=2)),
+            lambda d: (d.coordinates, d.batch),
+            lambda r: r.corrected,
+            budget=200,
+            learns=("net",),
+            # The first weights meet the cells in their order.
+            equivariant=False,
+        )
+        for name, op in (("mmd_integrate", ops.MMDIntegrate), ("wgan_integrate", ops.WGANIntegrate))
     ),
     Case(
         "harmony",

@@ -16,11 +16,13 @@ from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
 from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
+from scdiffx.ops._integration import IntegrationResult, IntegrationTraining
 from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._logistic_annotation import LogisticAnnotation, LogisticAnnotationResult, Standards
 from scdiffx.ops._magic import Magic, MagicResult
+from scdiffx.ops._mmd_integrate import MMDIntegrate
 from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
@@ -37,6 +39,7 @@ from scdiffx.ops._umap import UMAP, UMAPDensity, UMAPResult, UMAPSettings
 from scdiffx.ops._vae import VAE, Training, VAEResult
 from scdiffx.ops._velocity_embedding import VelocityEmbedding
 from scdiffx.ops._velocity_graph import VelocityGraph, VelocityGraphResult
+from scdiffx.ops._wgan_integrate import WGANIntegrate
 
 __all__ = [
     "DIFFERENTIABLE_METRICS",
@@ -70,6 +73,8 @@ __all__ = [
     "HarmonySettings",
     "HighlyVariable",
     "HighlyVariableResult",
+    "IntegrationResult",
+    "IntegrationTraining",
     "KMeans",
     "KMeansResult",
     "LatentTime",
@@ -79,6 +84,7 @@ __all__ = [
     "Log1p",
     "LogisticAnnotation",
     "LogisticAnnotationResult",
+    "MMDIntegrate",
     "Magic",
     "MagicResult",
     "Moments",
@@ -118,6 +124,7 @@ __all__ = [
     "VelocityEmbedding",
     "VelocityGraph",
     "VelocityGraphResult",
+    "WGANIntegrate",
     "buffer",
     "learnable",
     "operator",

@@ -5,6 +5,7 @@ from scdiffx.pp._cell_weights import cell_weights
 from scdiffx.pp._denoise import denoise
 from scdiffx.pp._harmony import harmony_integrate
 from scdiffx.pp._highly_variable import highly_variable_genes
+from scdiffx.pp._integrate import mmd_integrate, wgan_integrate
 from scdiffx.pp._magic import magic
 from scdiffx.pp._neighbors import neighbors
 from scdiffx.pp._normalize import log1p, normalize_total, scale
@@ -21,6 +22,7 @@ __all__ = [
     "highly_variable_genes",
     "log1p",
     "magic",
+    "mmd_integrate",
     "neighbors",
     "normalize_total",
     "pca",
@@ -30,4 +32,5 @@ __all__ = [
     "solo",
     "split_counts",
     "vae",
+    "wgan_integrate",
 ]

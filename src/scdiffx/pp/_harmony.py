@@ -117,11 +117,8 @@ def harmony_integrate(
     data = adata.adata if isinstance(adata, Plan) else adata
     seed = as_seed(one_rng(rng, random_state))
     keys = [key] if isinstance(key, str) else list(key)
-    _check_keys(data, keys)
-    has = adata.has(Obsm(basis)) if isinstance(adata, Plan) else basis in data.obsm
-    if not has:
-        hint = "; run `sd.pp.pca` first" if basis == "X_pca" else ""
-        raise KeyError(f"basis={basis!r} is not in `adata.obsm`. Available: {available(data.obsm.keys())}{hint}")
+    check_keys(data, keys)
+    check_basis(adata, basis)
     positive = {"theta": theta, "sigma": sigma, "alpha": alpha} | ({} if lamb is None else {"lamb": lamb})
     for name, value in positive.items():
         if not (np.isfinite(value).all() and (np.asarray(value) > 0).all()):
@@ -165,7 +162,17 @@ def harmony_integrate(
     return apply(adata, step, copy=copy)
 
 
-def _check_keys(data: AnnData, keys: list[str]) -> None:
+def check_basis(adata: AnnData | Plan, basis: str) -> None:
+    """Raise where the embedding is neither there nor made by the plan."""
+    data = adata.adata if isinstance(adata, Plan) else adata
+    has = adata.has(Obsm(basis)) if isinstance(adata, Plan) else basis in data.obsm
+    if not has:
+        hint = "; run `sd.pp.pca` first" if basis == "X_pca" else ""
+        raise KeyError(f"basis={basis!r} is not in `adata.obsm`. Available: {available(data.obsm.keys())}{hint}")
+
+
+def check_keys(data: AnnData, keys: list[str]) -> None:
+    """Raise where the batch of a cell is unknown in a column, or there is only one in all."""
     if not keys:
         raise ValueError("key=[]: there must be a column")
     for name in keys:

@@ -153,7 +153,7 @@ def annotate(
             )
         labels = Labels(codes)
     else:
-        op, names = reference_model(op, reference, labels_key, layer, data, seed)
+        op, names = reference_model(op, reference, labels_key, layer, adata, seed)
         labels = None
     if not isinstance(adata, Plan):
         warn_if_counts(matrix_of(data, layer), "adata")

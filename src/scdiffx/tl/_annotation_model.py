@@ -17,6 +17,7 @@ from scdiffx._core.fields import replace
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import available, check_finite, is_anndata, matrix_of
+from scdiffx._steps import Plan
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -203,9 +204,15 @@ def _made(
 
 
 def reference_model(
-    op: ops.LogisticAnnotation, reference: Any, labels_key: str | None, layer: str | None, data: AnnData, seed: int
+    op: ops.LogisticAnnotation,
+    reference: Any,
+    labels_key: str | None,
+    layer: str | None,
+    adata: AnnData | Plan,
+    seed: int,
 ) -> tuple[ops.LogisticAnnotation, list[str]]:
-    """The operator of a reference or model for the genes of `data` in their order, and the names of the types."""
+    """The operator of a reference or model for the genes of `adata` in their order, and the names of the types."""
+    data = adata.adata if isinstance(adata, Plan) else adata
     if is_anndata(reference):
         if reference.n_vars == 0:
             raise ValueError("`reference` is empty: it has no genes")
@@ -220,7 +227,8 @@ def reference_model(
     else:
         raise TypeError(f"reference is a {type(reference).__name__}: pass an AnnData, an AnnotationModel or its folder")
     mine, theirs = matched(list(data.var_names), model.genes, "the model", quiet=is_anndata(reference))
-    _compare_totals(matrix_of(data, layer)[:, mine], float(model.level[theirs].sum()))
+    if not isinstance(adata, Plan):  # what a plan will make of the matrix is not there yet
+        _compare_totals(matrix_of(data, layer)[:, mine], float(model.level[theirs].sum()))
     return placed(replace(model.op, threshold=op.threshold), mine, theirs, data.n_vars), model.names
 
 
@@ -287,7 +295,9 @@ def placed(op: ops.LogisticAnnotation, at: np.ndarray, own: np.ndarray, n_genes:
 
 
 def _level(matrix: Any) -> np.ndarray:
-    return np.asarray(np.expm1(matrix).mean(0), np.float32).ravel()
+    # Counts in place of logarithms are the user's mistake, who is told so: not a numerical accident.
+    with np.errstate(over="ignore"):
+        return np.asarray(np.expm1(matrix).mean(0), np.float32).ravel()
 
 
 def _compare_totals(query: Any, theirs: float) -> None:

@@ -83,6 +83,7 @@ SLOW = {
     "neighbors_cosine",
     "neighbors_gauss",
     "normalize_total_excluding",
+    "phate",
     "scale_uncentred",
     "steady_state",
     "umap",
@@ -470,6 +471,17 @@ CASES = [
         budget=100,
         # The coordinates have no useful derivative: that of the loss is in test_umap.
         differentiable=False,
+        equivariant=False,
+    ),
+    Case(
+        "phate",
+        lambda: ops.PHATE(t=3, n_landmark=24, settings=ops.PHATESettings(max_iter=20_000, tol=1e-11)),
+        lambda d: (d.coordinates,),
+        # A layout is known up to rigid motions.
+        lambda r: (r.distances, (r.embedding**2).sum(1), r.stress),
+        budget=250,
+        learns=("decay", "bandwidth"),
+        # The clusters of the spectrum depend on the order of the cells.
         equivariant=False,
     ),
 ]

@@ -77,31 +77,29 @@ def stress_of(y: Float[Array, "n dims"], distances: Float[Array, "n n"]) -> Arra
 def metric_mds(distances: Float[Array, "n n"], start: Float[Array, "n dims"], max_iter: int, tol: float) -> Scaled:
     """Points whose distances are nearest to those given, by relaxed SMACOF steps from a start, centred.
 
-    Ends where the squared error falls by less than `tol` of itself. The derivative is that of the minimum, modulo rigid
-    motions: along these the points do not move.
+    Ends where a step moves the points by less than `tol` of their spread (root mean squares). The derivative is that of
+    the minimum, modulo rigid motions: along these the points do not move.
     """
 
-    def guttman(y: Array) -> tuple[Array, Array]:
+    def guttman(y: Array) -> Array:
         gaps = _gaps(y)
         ratio = jnp.where(gaps > 0, distances / jnp.where(gaps > 0, gaps, 1), 0)
-        moved = [(ratio * (v[:, None] - v)).sum(1) / len(y) for v in y.T]
-        return jnp.stack(moved, 1), ((gaps - distances) ** 2).sum()
+        return jnp.stack([(ratio * (v[:, None] - v)).sum(1) / len(y) for v in y.T], 1)
 
-    def going(state: tuple[Array, Array, Array, Array]) -> Array:
-        _, before, now, i = state
-        return (i < max_iter) & (jnp.abs(before - now) > tol * now)
+    def going(state: tuple[Array, Array, Array]) -> Array:
+        return state[1] & (state[2] < max_iter)
 
-    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        y, _, before, i = state
-        moved, now = guttman(y)
-        return y + _RELAXED * (moved - y), before, now, i + 1
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        y, _, i = state
+        change = guttman(y) - y
+        return y + _RELAXED * change, (change**2).sum() > tol**2 * (y**2).sum(), i + 1
 
-    gaps, far = _gaps(start), jnp.asarray(jnp.inf, start.dtype)
+    gaps = _gaps(start)
     norm = (gaps**2).sum()
     scale = (gaps * distances).sum() / jnp.where(norm > 0, norm, 1)
-    begin = ((start - start.mean(0)) * scale, far, jnp.asarray(jnp.finfo(start.dtype).max, start.dtype), jnp.asarray(0))
-    y, _, _, steps = lax.while_loop(going, step, begin)
-    return Scaled(guttman(y)[0], steps)
+    begin = ((start - start.mean(0)) * scale, jnp.asarray(True), jnp.asarray(0))
+    y, _, steps = lax.while_loop(going, step, begin)
+    return Scaled(guttman(y), steps)
 
 
 def _forward(distances: Array, start: Array, max_iter: int, tol: float) -> tuple[Scaled, tuple[Array, Array]]:

@@ -45,13 +45,14 @@ class PHATEResult(NamedTuple):
 class PHATESettings(NamedTuple):
     """`gamma`: 1 for log potentials, -1 for probabilities, powers of them between. `mds`: "metric" or "classic".
 
-    The metric scaling takes at most `max_iter` steps, and ends where the squared error falls by less than `tol` of it.
+    The metric scaling takes at most `max_iter` steps, and ends where one moves the points by less than `tol` of their
+    spread.
     """
 
     gamma: float = 1.0
     mds: str = "metric"
     max_iter: int = 1000
-    tol: float = 1e-5
+    tol: float = 1e-4
 
 
 @operator
@@ -160,15 +161,15 @@ def _operator(kernel: Graph, degree: Array, structure: PHATEStructure) -> Float[
         owner = jnp.concatenate([jnp.arange(p.n_cells), jnp.asarray(p.owner)])
         dense = jnp.eye(count, dtype=kernel.dtype).at[owner[:, None], p.indices].add(kernel.values, mode="drop")
         return dense / degree[:, None]
-    label = structure.landmark
+    label, chunk = structure.landmark, min(_CHUNK, count)
 
     @jax.checkpoint
     def columns(first: Array) -> Array:
-        member = (label[:, None] == first + jnp.arange(_CHUNK)).astype(kernel.dtype)
+        member = (label[:, None] == first + jnp.arange(chunk)).astype(kernel.dtype)
         reached = (kernel @ member + member) / degree[:, None]
         return jax.ops.segment_sum(kernel @ reached + reached, label, count)
 
-    found = lax.map(columns, jnp.arange(0, count, _CHUNK))
+    found = lax.map(columns, jnp.arange(0, count, chunk))
     found = jnp.moveaxis(found, 0, 1).reshape(count, -1)[:, :count]
     return found / jax.ops.segment_sum(degree, label, count)[:, None]
 

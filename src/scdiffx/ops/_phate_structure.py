@@ -50,7 +50,7 @@ def reach(z: np.ndarray, knn: int, decay: float, bandwidth: float, seed: int) ->
     rows, columns = np.repeat(np.arange(n), k), indices.ravel()
     distance = np.asarray(distances, np.float64).ravel()
     apart = distance > 0
-    with np.errstate(over="ignore", divide="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         weight = np.where(apart, np.exp(-((distance / scale[rows]) ** decay)), 1.0)
     keep = (weight >= THRESHOLD) & (rows != columns)
     directed = sp.csr_matrix((weight[keep], (rows[keep], columns[keep])), shape=(n, n))

@@ -87,8 +87,8 @@ def phate(
     Notes
     -----
     In a plan `decay` and the operator's `bandwidth` can be learned. Neighbours, landmarks and `t` are structure and
-    have no derivatives. The metric layout is differentiated implicitly, modulo rigid motions: losses should depend on distances
-    in it. The classic layout has no derivative.
+    have no derivatives. The metric layout is differentiated implicitly, modulo rigid motions: losses should depend on
+    distances in it. The classic layout has no derivative.
 
     At most ``36 (k + 1)`` neighbours of each cell are searched; phate searches on where more are within the reach of
     the kernel.

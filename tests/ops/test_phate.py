@@ -187,6 +187,8 @@ def test_wrong_calls_name_themselves(pbmc: ad.AnnData) -> None:
         ops.PHATE(settings=ops.PHATESettings(mds="best")).init(z)
     with pytest.raises(ValueError, match=r"2 cells or landmarks.*n_components=2"):
         ops.PHATE(n_landmark=2).init(z)
+    with pytest.raises(ValueError, match="part of a plan"):
+        sd.tl.phate(sd.plan(pbmc))
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def phate(
     Parameters
     ----------
     adata
-        Annotated data (cells x genes), or a plan.
+        Annotated data (cells x genes).
     n_components
         Dimensions of the layout.
     use_rep
@@ -82,13 +82,14 @@ def phate(
     KeyError
         If the representation does not exist.
     ValueError
-        If there are too few cells, or a setting is not usable.
+        If there are too few cells, a setting is not usable, or `adata` is a plan: PHATE has not been proven in fits.
+        Lay out what ``fitted.apply`` returns; derivatives are those of `ops.PHATE`.
 
     Notes
     -----
-    In a plan `decay` and the operator's `bandwidth` can be learned. Neighbours, landmarks and `t` are structure and
-    have no derivatives. The metric layout is differentiated implicitly, modulo rigid motions: losses should depend on
-    distances in it. The classic layout has no derivative.
+    `ops.PHATE` is differentiable in the coordinates, `decay` and `bandwidth`. Neighbours, landmarks and `t` are
+    structure and have no derivatives. The metric layout is differentiated implicitly, modulo rigid motions: what is
+    differentiated should depend on distances in it. The classic layout has no derivative.
 
     At most ``36 (k + 1)`` neighbours of each cell are searched; phate searches on where more are within the reach of
     the kernel.
@@ -97,8 +98,9 @@ def phate(
     ----------
     Moon et al. (2019), Visualizing structure and transitions in high-dimensional biological data.
     """
-    data = adata.adata if isinstance(adata, Plan) else adata
-    _check(data.n_obs, n_components, k, decay, n_landmark, t, gamma, mds)
+    if isinstance(adata, Plan):
+        raise ValueError("`phate` cannot be part of a plan yet. Call it on `fitted.apply(...)`, or use `ops.PHATE`")
+    _check(adata.n_obs, n_components, k, decay, n_landmark, t, gamma, mds)
     z = representation(adata, use_rep)
     seed = as_seed(one_rng(rng, random_state))
     key = key_added or ("phate" if preset() == "ScanpyV2Preview" else "X_phate")

@@ -94,6 +94,17 @@ def archetype_keys(key: str, *extra: str) -> dict[str, str]:
     }
 
 
+def phate_keys(key: str, entry: str) -> dict[str, str]:
+    return {
+        f"obsm/{key}": "float32",
+        f"uns/{entry}": "mapping",
+        f"uns/{entry}/params": "mapping",
+        f"uns/{entry}/t": "int",
+        f"uns/{entry}/entropy": "float32",
+        f"uns/{entry}/stress": "float",
+    }
+
+
 def kmeans_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -630,6 +641,7 @@ CASES = [
         {"maxiter": 20, "densmap": True},
         slow=True,
     ),
+    Case("phate", "tl.phate", "reduced", phate_keys("X_phate", "phate"), keyed=phate_keys("mine", "mine")),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
     *(
         Case(
@@ -1253,6 +1265,15 @@ REFUSED = [
     ("annotate", {"majority_voting": True, "over_clustering": "absent"}, KeyError, "'absent'.*'batch'"),
     ("annotate", {"majority_voting": True, "over_clustering": "missing"}, ValueError, "missing for some"),
     ("annotate", {"majority_voting": True}, ValueError, "Run `sc.pp.neighbors` first"),
+    ("phate", {"n_components": 0}, ValueError, "n_components=0"),
+    ("phate", {"k": CELLS}, ValueError, f"k={CELLS}.*{CELLS - 1}"),
+    ("phate", {"decay": 0.0}, ValueError, "decay=0"),
+    ("phate", {"n_landmark": 2}, ValueError, "n_landmark=2.*n_components=2"),
+    ("phate", {"t": 0}, ValueError, "t=0.*auto"),
+    ("phate", {"t": "best"}, ValueError, "t='best'"),
+    ("phate", {"gamma": 2.0}, ValueError, "gamma=2"),
+    ("phate", {"mds": "nonmetric"}, ValueError, "mds='nonmetric'.*'classic'"),
+    ("phate", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),

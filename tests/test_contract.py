@@ -85,6 +85,7 @@ SLOW = {
     "neighbors_cosine",
     "neighbors_gauss",
     "normalize_total_excluding",
+    "phate",
     "scale_uncentred",
     "steady_state",
     "umap",
@@ -497,6 +498,17 @@ CASES = [
         budget=100,
         # The coordinates have no useful derivative: that of the loss is in test_umap.
         differentiable=False,
+        equivariant=False,
+    ),
+    Case(
+        "phate",
+        lambda: ops.PHATE(t=3, n_landmark=24, settings=ops.PHATESettings(mds="classic")),
+        lambda d: (d.coordinates,),
+        # The derivative of the metric layout needs thousands of steps to its minimum: it is in test_phate.
+        lambda r: r.distances,
+        budget=250,
+        learns=("decay", "bandwidth"),
+        # The clusters of the spectrum depend on the order of the cells.
         equivariant=False,
     ),
 ]

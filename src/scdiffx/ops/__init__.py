@@ -28,6 +28,7 @@ from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, N
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._ot_trajectory import OTTrajectory, OTTrajectoryResult, OTTransport
 from scdiffx.ops._pca import PCA, PCAResult
+from scdiffx.ops._phate import PHATE, PHATEResult, PHATESettings
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
@@ -45,6 +46,7 @@ __all__ = [
     "DIFFERENTIABLE_METRICS",
     "KERNELS",
     "PCA",
+    "PHATE",
     "UMAP",
     "VAE",
     "Archetypes",
@@ -97,6 +99,8 @@ __all__ = [
     "OTTrajectoryResult",
     "OTTransport",
     "PCAResult",
+    "PHATEResult",
+    "PHATESettings",
     "Pattern",
     "Pseudotime",
     "PseudotimeResult",

@@ -13,6 +13,7 @@ from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._ot_trajectory import ot_trajectory
 from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
+from scdiffx.tl._phate import phate
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
 from scdiffx.tl._switch_de import switch_de
@@ -41,6 +42,7 @@ __all__ = [
     "ot_pull",
     "ot_push",
     "ot_trajectory",
+    "phate",
     "pseudotime",
     "simulate",
     "switch_de",

@@ -42,8 +42,10 @@ def mmd_integrate(
     of several widths, so that batches of other composition are not made alike. Memory is linear in cells; a step sees
     at most 4,096 of them.
 
-    It is experimental because :func:`harmony_integrate` keeps up with it at less cost: see the measured figures in the
-    documentation. To integrate counts, use :func:`vae` with a `batch_key`.
+    It is experimental: beside :func:`harmony_integrate` it mixes and keeps as much on two of three data sets, less on
+    the third, and takes ten times as long (see the measured figures in the documentation). To integrate counts, use
+    :func:`vae` with a `batch_key`.
+
 
     Parameters
     ----------
@@ -129,8 +131,10 @@ def wgan_integrate(
     autoencoder lowers the differences that they find (a Wasserstein GAN with gradient penalty). Training ends by the
     same criterion, which does not rest on the critics: reconstruction error plus ten times the discrepancy.
 
-    It is experimental because :func:`harmony_integrate` keeps up with it at less cost: see the measured figures in the
-    documentation. To integrate counts, use :func:`vae` with a `batch_key`.
+    It is experimental: beside :func:`harmony_integrate` it mixes and keeps as much on two of three data sets, less on
+    the third, and takes ten times as long (see the measured figures in the documentation). To integrate counts, use
+    :func:`vae` with a `batch_key`.
+
 
     Parameters
     ----------

@@ -74,7 +74,9 @@ class KMeans:
         temperature = self.temperature
         if temperature is None:
             within = 2 * best.inertia / (n * dims)
-            temperature = jnp.where(within > 0, within, 1)
+            # Clusters of copies of one cell have no spread but the rounding error of their centres.
+            rounding = (8 * jnp.finfo(x.dtype).eps) ** 2 * (x**2).mean()
+            temperature = jnp.where(within > rounding, within, 1)
         return replace(self, centers=best.centers + middle, temperature=temperature)
 
     def __call__(self, x: Float[Array, "cells dims"]) -> KMeansResult:

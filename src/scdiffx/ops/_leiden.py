@@ -54,9 +54,9 @@ class Leiden:
 
     The partition is discrete: no derivative passes through it. Memberships are differentiable in the weights of the
     graph: the softmax, at a `temperature`, of what a cell would add to the modularity in each community, per unit of
-    its strength, while all others stay. Where no move of a single cell improves the partition, which the algorithm
-    reaches with ``n_iterations=-1``, the largest membership is that of the cell's own community, and as the temperature
-    falls to 0 the memberships become the partition.
+    its strength, while all others stay. Where no move of a single cell improves the partition the largest membership is
+    that of the cell's own community, and as the temperature falls to 0 the memberships become the partition. igraph 1.0
+    gets there with ``n_iterations=-1``; earlier versions leave up to 2 % of the cells where a move would improve it.
     """
 
     temperature: float | Array = learnable(default=0.1, constraint="positive")

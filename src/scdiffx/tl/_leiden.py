@@ -67,7 +67,8 @@ def leiden(
     `adata.obs[key_added]` : categorical of str (cells,)
         Clusters "0", "1", ..., largest first.
     `adata.obsm["leiden_probabilities" | f"{key_added}_probabilities"]` : float32 (cells, clusters)
-        Memberships, which sum to 1. With ``n_iterations=-1`` the largest is that of the cell's cluster.
+        Memberships, which sum to 1. With ``n_iterations=-1`` the largest is that of the cell's cluster (before igraph
+        1.0, for all but up to 2 % of the cells).
     `adata.uns[key_added]` : dict
         `params` and the `modularity` of the partition.
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scdiffx._core.fields import fields_of_kind, learnables, replace
+from scdiffx._core.fields import learnables, replace, structural
 from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import ensure_cache
 from scdiffx._fitted import Fitted, kept
 from scdiffx._log import progress_bar
 from scdiffx._program import Program, graph_of
 from scdiffx._slots import Slot, is_anndata
-from scdiffx._steps import Plan, restructured
+from scdiffx._steps import Plan, initialised, restructured
 from scdiffx.losses import Loss
 
 __all__ = ["Fitted", "fit", "plan"]
@@ -147,7 +147,7 @@ class Run:
         self.targets = [program.target(term) for _, term in loss.terms]
         self.weights = [weight for weight, _ in loss.terms]
         self._values = jax.jit(program.evaluate)
-        terms = self._prepared([term for _, term in loss.terms], program.ops, program.frozen, _started)
+        terms = self._prepared([term for _, term in loss.terms], program.ops, program.frozen, initialised)
         self.start: dict[str, Any] = {"plan": program.start(), "loss": [self._readout(term) for term in terms]}
         # What is compared with travels as an argument: as a constant it would be folded while compiling.
         self.given = (terms, self.targets, self.train, self.held)
@@ -167,7 +167,7 @@ class Run:
         if program.has_structure:
             program = program.refreshed(params["plan"])
         terms, *rest = self.given
-        if any(_has_structure(term) for term in terms):
+        if any(structural(term) for term in terms):
             terms = self._prepared(terms, program.with_params(params["plan"]), program.frozen, restructured)
         return program, (terms, *rest)
 
@@ -248,16 +248,6 @@ class Run:
             genes=list(program.plan.adata.var_names),
             _plan=program.plan,
         )
-
-
-def _started(term: Any, args: tuple[Any, ...], key: Any) -> Any:
-    """A term with its readout started on the unfitted plan, and its structure found."""
-    init = getattr(term, "init", None)
-    return term if init is None else init(*args)
-
-
-def _has_structure(term: Any) -> bool:
-    return any(f.metadata["structure"] for f in fields_of_kind(term, "buffer"))
 
 
 def _other(term: Any, target: Any, values: Mapping[Slot, Any]) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scdiffx._core.fields import fields_of_kind, learnables, replace
+from scdiffx._core.fields import learnables, replace, structural
 from scdiffx._slots import Connectivities, Obs, Part, Slot, X
 from scdiffx._steps import Plan, Step, _cast, restructured
 
@@ -151,7 +151,7 @@ class Program:
     @property
     def has_structure(self) -> bool:
         """Whether an active step holds structure that a refresh would find anew."""
-        return any(f.metadata["structure"] for i in self.active for f in fields_of_kind(self.ops[i], "buffer"))
+        return any(structural(self.ops[i]) for i in self.active)
 
     def first_not_finite(self, params: Params) -> str:
         """The name of the first step whose output is NaN, for error messages."""
@@ -171,6 +171,9 @@ class Program:
         name, adata = term.target, self.plan.adata
         graph = graph_of(term)
         if graph is not None:
+            written = {w.slot for i in self.active for w in self.plan.steps[i].writes}
+            if graph in written or graph in self.frozen:
+                return None  # it is among the values that every evaluation has
             return _cast(self.plan.run()[2][graph] if self.plan.writes(graph) else graph.read(adata), jnp.float32)
         if getattr(term, "of_matrix", False):
             return _cast(X(name, counts=True).read(adata), jnp.float32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scdiffx._core.fields import fields_of_kind, replace
+from scdiffx._core.fields import replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
@@ -98,7 +98,7 @@ def initialised(op: Any, args: tuple[Any, ...], key: Any) -> Any:
 
 def restructured(op: Any, args: tuple[Any, ...], key: Any) -> Any:
     """The operator with its discrete structure found anew; everything estimated once stays."""
-    names = [f.name for f in fields_of_kind(op, "buffer") if f.metadata["structure"]]
+    names = structural(op)
     if not names:
         return op
     fresh = op.init(*args, key=key)

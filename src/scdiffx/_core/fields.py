@@ -104,6 +104,11 @@ def fields_of_kind(op: Any, kind: str) -> Iterator[dataclasses.Field[Any]]:
     return (f for f in dataclasses.fields(op) if f.metadata["kind"] == kind)
 
 
+def structural(op: Any) -> list[str]:
+    """Names of the buffers that hold discrete structure, which is found anew."""
+    return [f.name for f in fields_of_kind(op, "buffer") if f.metadata["structure"]]
+
+
 def learnables(op: Any) -> dict[str, Constraint]:
     """Names of the learnable fields that hold a value, with their constraints."""
     return {

@@ -104,7 +104,7 @@ class CrossEntropy:
     target: str | None = static(default=None)
     categorical: bool = static(default=True)
 
-    def init(self, value: Array, target: Array, keep: Array) -> CrossEntropy:
+    def init(self, value: Array, target: Array, keep: Array, key: Array | None = None) -> CrossEntropy:
         labelled = np.asarray(keep & (target >= 0))
         classes = int(np.asarray(target).max(initial=-1)) + 1
         if classes < 2 or not labelled.any():

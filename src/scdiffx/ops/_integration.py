@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scdiffx._core.knn import nearest
+from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 from scdiffx.ops._harmony import Harmony
 
@@ -39,6 +40,7 @@ _FEATURES = 128
 # Cells that progress is judged by, and what the discrepancy counts there.
 _SAMPLE = 4096
 _CHECK_WEIGHT = 10.0
+_CHECKED = ("reconstruction", "discrepancy", "mixing", "conservation")
 
 
 class IntegrationResult(NamedTuple):
@@ -139,16 +141,16 @@ def memberships(h: np.ndarray, batch: np.ndarray, seed: int) -> np.ndarray:
     count = max(2, min(round(len(h) / _CELLS_PER_CLUSTER), _MOST_CLUSTERS, len(h)))
     op = Harmony(nclust=count, rounds=2).init(jnp.asarray(h), jnp.asarray(batch), key=jax.random.key(seed))
     centroids = op(jnp.asarray(h), jnp.asarray(batch)).centroids
-    return np.asarray(_assigned(jnp.asarray(h), jnp.asarray(batch), centroids, jnp.zeros(int(batch.max()) + 1)))
+    return np.asarray(_assigned(jnp.asarray(h), jnp.asarray(batch), centroids, batches=int(batch.max()) + 1))
 
 
-@jax.jit
-def _assigned(h: Array, batch: Array, centroids: Array, per_batch: Array) -> Array:
+@partial(jax.jit, static_argnames="batches")
+def _assigned(h: Array, batch: Array, centroids: Array, *, batches: int) -> Array:
     """Harmony's memberships with the penalty on over-represented batches at its fixed point, by damped iterations."""
     sigma, theta = 0.1, 2.0
     unit = h / jnp.maximum(jnp.linalg.norm(h, axis=1, keepdims=True), 1e-12)
     near = -2 * (1 - unit @ centroids.T) / sigma
-    own = jax.nn.one_hot(batch, len(per_batch), dtype=h.dtype)
+    own = jax.nn.one_hot(batch, batches, dtype=h.dtype)
     share = own.mean(0)[:, None]
 
     def step(member: Array, _: None) -> tuple[Array, None]:
@@ -187,48 +189,54 @@ def _conservation(x: np.ndarray, h: np.ndarray, batch: np.ndarray) -> float:
 
 
 def trained(
-    z: Any,
-    batch: Any,
+    z: Float[Array, "cells dims"],
+    batch: Int[Array, " cells"],
+    hidden: int,
+    training: IntegrationTraining,
+    key: Array | None,
+    step: Callable[..., Any],
+    more: Callable[..., Net] = lambda rng, dims, batches: {},
+) -> tuple[Net, Array, dict[str, Array]]:
+    """Train by `step`; returns the weights kept, the scale of the coordinates, and how training went.
+
+    ``step(state, cells, rate, key)`` takes and returns the networks, `more` of them included, with what their
+    optimisers remember. Training is in float32, the result in the precision of `z`.
+    """
+    seed = 0 if key is None else as_seed(key)
+    with jax.enable_x64(False):
+        found = _trained(np.asarray(z, np.float32), np.asarray(batch, np.int32), hidden, training, seed, step, more)
+    return jax.tree.map(lambda a: jnp.asarray(a, z.dtype), found)
+
+
+def _trained(
+    z: np.ndarray,
+    codes: np.ndarray,
     hidden: int,
     training: IntegrationTraining,
     seed: int,
     step: Callable[..., Any],
-    more: Callable[..., Net] = lambda rng, dims, batches: {},
-) -> tuple[Net, Any, dict[str, np.ndarray]]:
-    """Train by `step` in float32; returns the weights kept, the scale of the coordinates, and how training went.
-
-    ``step(state, cells, rate, key)`` takes and returns the networks, `more` of them included, with what their
-    optimisers remember.
-    """
-    z, codes = np.asarray(z, np.float32), np.asarray(batch, np.int32)
+    more: Callable[..., Net],
+) -> tuple[Net, np.ndarray, dict[str, np.ndarray]]:
     if codes.min() < 0 or len(np.unique(codes)) < 2:
         raise ValueError("integration needs the batch of each cell, and at least two batches")
     rng = np.random.default_rng(seed)
-    scale = np.float32(max(float(z.std()), 1e-12))
+    scale = np.asarray(max(float(z.std()), 1e-12), np.float32)
     x, batches = z / scale, int(codes.max()) + 1
     net = initial(rng, x.shape[1], batches, hidden) | more(rng, x.shape[1], batches)
     state = step(net, None, 0.0, None)
     sample = np.sort(rng.choice(len(x), min(_SAMPLE, len(x)), replace=False))
     key = jax.random.key(seed)
-    history: dict[str, list[float]] = {n: [] for n in ("reconstruction", "discrepancy", "mixing", "conservation")}
+    checks: list[tuple[float, ...]] = []
     best, best_value, best_check = net, math.inf, 0
     bar = progress_bar(training.max_steps, "integration", training.progress)
-    cells = Cells(x, codes, np.zeros((len(x), 1), np.float32), 1.0)
     for i in range(training.max_steps + 1):
         if i % training.check_every == 0 or i == training.max_steps:
-            h = np.asarray(encode(state[0], x, codes))
-            if not np.isfinite(h).all():
-                raise FloatingPointError(f"integration is not finite after {i} steps: lower the learning rate")
-            member = memberships(h, codes, seed)
-            cells = Cells(x, codes, member, np.float32(_spread(h, member)))
-            found = [float(v) for v in _judged(state[0], _taken(cells, sample), jax.random.key(0), batches=batches)]
-            found += [_mixing(h[sample], codes[sample]), _conservation(x[sample], h[sample], codes[sample])]
-            for name, value in zip(history, found, strict=True):
-                history[name].append(value)
+            cells, found = _checked(state[0], x, codes, sample, seed, i)
             value = found[0] + _CHECK_WEIGHT * found[1]
             if value < 0.99 * best_value:
-                best, best_value, best_check = jax.tree.map(np.array, state[0]), value, len(history["mixing"]) - 1
-            elif len(history["mixing"]) - 1 - best_check >= training.patience:
+                best, best_value, best_check = jax.tree.map(np.array, state[0]), value, len(checks)
+            checks.append(found)
+            if len(checks) - 1 - best_check >= training.patience:
                 break
             bar.set_postfix({"mixing": f"{found[2]:.3f}", "kept": f"{found[3]:.3f}"}, refresh=False)
         if i < training.max_steps:
@@ -239,7 +247,23 @@ def trained(
             bar.update()
     bar.close()
     kept = {name: value for name, value in best.items() if name.startswith(("encoder", "decoder"))}
-    return kept, scale, {name: np.asarray(v) for name, v in history.items()} | {"kept": np.asarray(best_check)}
+    history = dict(zip(_CHECKED, np.asarray(checks).T, strict=True))
+    return kept, scale, history | {"kept": np.asarray(best_check)}
+
+
+def _checked(
+    net: Net, x: np.ndarray, codes: np.ndarray, sample: np.ndarray, seed: int, i: int
+) -> tuple[Cells, tuple[float, ...]]:
+    """The cells in clusters found anew, and what `_CHECKED` names, on the sample."""
+    h = np.asarray(encode(net, x, codes))
+    if not np.isfinite(h).all():
+        raise FloatingPointError(f"integration is not finite after {i} steps: lower the learning rate")
+    member = memberships(h, codes, seed)
+    cells = Cells(x, codes, member, np.float32(_spread(h, member)))
+    batches = int(codes.max()) + 1
+    error, apart = _judged(net, _taken(cells, sample), jax.random.key(0), batches=batches)
+    mixing = _mixing(h[sample], codes[sample])
+    return cells, (float(error), float(apart), mixing, _conservation(x[sample], h[sample], codes[sample]))
 
 
 def _taken(cells: Cells, index: np.ndarray) -> Cells:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
+from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx._log import warn
 from scdiffx.ops._annotation_fit import (
@@ -105,7 +106,7 @@ class LogisticAnnotation:
         sizes = np.bincount(codes[known])
         if len(sizes) < 2 or (sizes == 0).any():
             raise ValueError(f"labels must have two or more types, numbered from 0 without gaps; their cells: {sizes}")
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         with one_blas_thread(), jax.enable_x64(True):
             data = standards(rows(x, known), codes[known])
             fold = folds(data.codes, self.n_folds, np.random.default_rng(seed))

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -50,12 +49,9 @@ class MMDIntegrate:
     ) -> MMDIntegrate:
         if self.net is not None:
             return self
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
         step = partial(_step, weight=self.weight, batches=int(np.asarray(batch).max()) + 1)
-        with jax.enable_x64(False):
-            net, scale, history = trained(z, batch, self.n_hidden, self.training, seed, step)
-        parts = jax.tree.map(lambda a: jnp.asarray(a, z.dtype), (net, scale, history))
-        return replace(self, net=parts[0], scale=parts[1], history=parts[2])
+        net, scale, history = trained(z, batch, self.n_hidden, self.training, key, step)
+        return replace(self, net=net, scale=scale, history=history)
 
     def __call__(self, z: Float[Array, "cells dims"], batch: Int[Array, " cells"]) -> IntegrationResult:
         return moved(self.net, self.scale, z, batch, "MMDIntegrate")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, columns_to_slots, rows_to_slots, squared_distances
+from scdiffx._core.random import as_seed
 from scdiffx.ops import _mds as scaling
 from scdiffx.ops._phate_structure import (
     THRESHOLD,
@@ -94,7 +95,7 @@ class PHATE:
                 f"{min(n, self.n_landmark)} cells or landmarks are too few for n_components={self.n_components}: "
                 f"it needs {least}"
             )
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         nth, kernel = reach(np.asarray(z), self.knn, float(self.decay), float(self.bandwidth), seed)
         landmark = None if n <= self.n_landmark else landmarks(kernel, self.n_landmark, seed)
         entropy = entropies(operator_of(kernel, landmark))

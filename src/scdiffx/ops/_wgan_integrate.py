@@ -57,12 +57,9 @@ class WGANIntegrate:
     ) -> WGANIntegrate:
         if self.net is not None:
             return self
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
         step = partial(_step, weight=self.weight)
-        with jax.enable_x64(False):
-            net, scale, history = trained(z, batch, self.n_hidden, self.training, seed, step, critics)
-        parts = jax.tree.map(lambda a: jnp.asarray(a, z.dtype), (net, scale, history))
-        return replace(self, net=parts[0], scale=parts[1], history=parts[2])
+        net, scale, history = trained(z, batch, self.n_hidden, self.training, key, step, critics)
+        return replace(self, net=net, scale=scale, history=history)
 
     def __call__(self, z: Float[Array, "cells dims"], batch: Int[Array, " cells"]) -> IntegrationResult:
         return moved(self.net, self.scale, z, batch, "WGANIntegrate")

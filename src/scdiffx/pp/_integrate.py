@@ -46,7 +46,6 @@ def mmd_integrate(
     the third, and takes ten times as long (see the measured figures in the documentation). To integrate counts, use
     :func:`vae` with a `batch_key`.
 
-
     Parameters
     ----------
     adata
@@ -134,7 +133,6 @@ def wgan_integrate(
     It is experimental: beside :func:`harmony_integrate` it mixes and keeps as much on two of three data sets, less on
     the third, and takes ten times as long (see the measured figures in the documentation). To integrate counts, use
     :func:`vae` with a `batch_key`.
-
 
     Parameters
     ----------

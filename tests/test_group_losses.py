@@ -94,6 +94,17 @@ def test_held_out_cells_do_not_enter_the_mixing_of_the_others(embedded):
     assert not (np.asarray(term.neighbors) == np.arange(len(z))[:, None]).any()
 
 
+def test_neighbours_for_mixing_are_the_nearest_other_cells_of_each_batch(embedded):
+    z, batch, keep = embedded
+    term = BatchMixing(output="z", target="b").init(z, batch, keep)
+    distance = cdist(np.asarray(z, np.float64), np.asarray(z, np.float64))
+    np.fill_diagonal(distance, np.inf)
+    for b in range(3):
+        found = np.asarray(term.neighbors)[:, np.asarray(term.batches) == b]
+        nearest = np.sort(distance[:, np.asarray(batch) == b], 1)[:, : found.shape[1]]
+        np.testing.assert_allclose(np.sort(np.take_along_axis(distance, found, 1), 1), nearest, rtol=1e-4)
+
+
 def test_compactness_is_one_minus_the_variance_between(embedded):
     z, group, keep = embedded
     term = Compactness(output="z", target="g").init(z, group, keep)

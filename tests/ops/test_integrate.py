@@ -94,6 +94,10 @@ def test_clusters_mix_batches_and_keep_cells_apart(lines: ad.AnnData) -> None:
         return (1 - (shares**2).sum(0)) @ member.sum(0) / len(z)
 
     assert diversity(member) > diversity(plain) + 0.1
+    op = ops.Harmony(nclust=30, rounds=2).init(jnp.asarray(z), jnp.asarray(batch), key=jax.random.key(0))
+    centroids = op(jnp.asarray(z), jnp.asarray(batch)).centroids
+    cosine = z / np.linalg.norm(z, axis=1, keepdims=True) @ np.asarray(centroids).T
+    assert diversity(member) > diversity(np.asarray(jax.nn.softmax(20 * cosine))) + 0.05
 
 
 @pytest.mark.slow

@@ -72,6 +72,7 @@ def loss(parameters: dict[str, jax.Array], x: Any, chain: Chain) -> jax.Array:
 
 # `allow_int`: the positions in a count matrix are whole numbers.
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), allow_int=True), compiler_options=QUICK)
+value_of = jax.jit(loss, compiler_options=QUICK)
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_chain_derivative_matches_finite_differences(counts: sp.csr_matrix, anch
         size = float(jnp.sqrt(jnp.mean(at**2))) or 1.0
         # The Gaussian kernel takes medians of distances, whose order changes within the larger steps.
         steps = np.array([1e-5, 1e-6] if method == "umap" else [3e-6, 1e-6]) * size
-        numeric = directional_fd(lambda v, put=put: value_and_grad(*put(v), chain)[0], at, step, steps)
+        numeric = directional_fd(lambda v, put=put: value_of(*put(v), chain), at, step, steps)
         np.testing.assert_allclose(numeric, exact, rtol=1e-3, err_msg=name)
 
 
@@ -135,8 +136,12 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("cells", [150, pytest.param(400, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("anchored", [True, False], ids=["anchored", "free"])
+# With 400 cells, eigenvectors are found by iterations.
+@pytest.mark.parametrize(
+    ("anchored", "cells"),
+    [(True, 150), (False, 150), pytest.param(False, 400, marks=pytest.mark.slow)],
+    ids=["anchored-150", "free-150", "free-400"],
+)
 @pytest.mark.parametrize("kind", DEGENERATE)
 def test_derivative_is_finite_on_degenerate_data(kind: str, anchored: bool, cells: int) -> None:
     """In float32, as users run it."""

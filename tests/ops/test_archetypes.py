@@ -128,6 +128,7 @@ def test_permuted_cells_have_permuted_weights() -> None:
     assert float(found[0].explained) == pytest.approx(float(found[1].explained), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_number_is_found_and_its_stability_judged() -> None:
     x, _, _ = planted(noise=0.3)
     adata = ad.AnnData(np.zeros((len(x), 1), np.float32), obsm={"X_pca": x.astype(np.float32)})

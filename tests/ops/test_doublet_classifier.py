@@ -56,6 +56,7 @@ def standardised(features: np.ndarray) -> np.ndarray:
     return (features - features.mean(0)) / features.std(0)
 
 
+@pytest.mark.slow
 def test_features_agree_with_their_definitions(ready: tuple, counts: np.ndarray) -> None:
     op, _, result = ready
     n, made = CELLS, with_doublets(op, counts)
@@ -95,6 +96,7 @@ def test_features_agree_with_their_definitions(ready: tuple, counts: np.ndarray)
     np.testing.assert_allclose(result.features, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_every_other_doublet_has_the_depth_of_a_cell(ready: tuple, counts: np.ndarray) -> None:
     op = ready[0]
     depth, (first, second) = counts.sum(1), np.asarray(op.parents).T
@@ -132,6 +134,7 @@ def test_the_genes_of_the_pairs_are_those_whose_presence_varies_most() -> None:
     assert not np.diag(surprise).any()
 
 
+@pytest.mark.slow
 def test_the_fit_is_that_of_scikit_learn(ready: tuple) -> None:
     op, _, result = ready
     doublet = np.arange(3 * CELLS) >= CELLS
@@ -174,6 +177,7 @@ def test_separable_classes_have_a_finite_fit() -> None:
     np.testing.assert_allclose(weights, [theirs.coef_[0, 0], 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_soft_votes_count_at_a_small_temperature(ready: tuple) -> None:
     op, x, counted = ready
     with jax.enable_x64(True):
@@ -225,6 +229,7 @@ def test_batches_and_a_given_threshold() -> None:
     assert adata.uns["scrublet"]["batches"]["b"]["parameters"]["method"] == "classifier"
 
 
+@pytest.mark.slow
 def test_a_dense_matrix_gives_the_same(ready: tuple, counts: np.ndarray) -> None:
     op, _, result = ready
     with jax.enable_x64(True):

@@ -284,7 +284,8 @@ def test_derivatives_by_finite_differences(settings: dict[str, Any]) -> None:
         exact = float(jnp.vdot(gradient[name], step))
         numeric = directional_fd(lambda v, name=name: f(params | {name: v}), value, step, steps=(1e-4, 1e-5, 1e-6))
         assert abs(exact) > 1e-4, name
-        assert np.abs(numeric / exact - 1).min() < 1e-6, (name, numeric, exact)
+        # Differences of values of this size are rounded at about this place, on some processors above 1e-6.
+        assert np.abs(numeric / exact - 1).min() < 1e-5, (name, numeric, exact)
 
 
 @pytest.mark.slow

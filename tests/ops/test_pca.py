@@ -67,6 +67,7 @@ def test_mask_and_weights(matrix: np.ndarray) -> None:
     np.testing.assert_allclose(weighed.scores, reference(matrix * weight, 6)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_anchored_projection_starts_at_the_components_and_stays(matrix: np.ndarray) -> None:
     x = jnp.asarray(matrix)
     anchored = ops.PCA(n_comps=6).init(x)

@@ -60,6 +60,7 @@ def test_scores_equal_scanpys_on_the_same_pairs(counts: sp.csr_matrix) -> None:
     assert np.mean(adata.obs["predicted_doublet"] == theirs.obs["predicted_doublet"]) > 0.995
 
 
+@pytest.mark.slow
 def test_planted_doublets_are_found_whatever_their_depth(counts: sp.csr_matrix) -> None:
     rng = np.random.default_rng(0)
     order = rng.permutation(counts.shape[0])
@@ -76,6 +77,7 @@ def test_planted_doublets_are_found_whatever_their_depth(counts: sp.csr_matrix) 
     assert roc_auc_score(truth, score) > 0.72
 
 
+@pytest.mark.slow
 def test_a_small_temperature_counts_and_a_larger_one_has_derivatives() -> None:
     x = ops.Counts.from_scipy(pbmc_counts(200, 150).X)
     hard = ops.Scrublet(n_comps=8).init(x)
@@ -112,6 +114,7 @@ def test_without_two_modes_no_cell_is_called(monkeypatch: pytest.MonkeyPatch) ->
     assert "threshold" not in adata.uns["scrublet"]
 
 
+@pytest.mark.slow
 def test_batches_are_scored_by_themselves() -> None:
     adata = pbmc_counts(300, 150)
     adata.obs["batch"] = np.where(np.arange(300) % 2 == 0, "a/1", "b")

@@ -45,6 +45,7 @@ def test_planted_doublets_of_single_depth_score_higher(trained: tuple[ops.Solo, 
     np.testing.assert_allclose(score, np.minimum(1, np.exp(np.asarray(result.evidence))), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_probabilities_add_up_to_what_is_expected_and_found(
     trained: tuple[ops.Solo, ops.Counts, np.ndarray],
 ) -> None:
@@ -59,6 +60,7 @@ def test_probabilities_add_up_to_what_is_expected_and_found(
     assert mean(0.9) == pytest.approx(0.45, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_training_stops_early_at_its_best(trained: tuple[ops.Solo, ops.Counts, np.ndarray]) -> None:
     curve = np.asarray(trained[0].history["validation"])
     assert len(curve) < 60
@@ -79,6 +81,7 @@ def test_simulated_doublets_are_sums_within_a_batch() -> None:
         simulated(counts, np.r_[2, codes[1:]], 10, rng)
 
 
+@pytest.mark.slow
 def test_networks_are_needed_first(trained: tuple[ops.Solo, ops.Counts, np.ndarray]) -> None:
     op, x, _ = trained
     assert op.init(x) is op

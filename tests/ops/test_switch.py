@@ -60,6 +60,7 @@ def best_by_scipy(x: np.ndarray, t: np.ndarray) -> tuple[float, np.ndarray]:
     return squares, np.array([level, (last - first) / np.ptp(t), t.min() - first / (last - first) * np.ptp(t)])
 
 
+@pytest.mark.slow
 def test_fits_are_as_good_as_scipys(villus: ad.AnnData) -> None:
     t, x = villus.obs["zone"].to_numpy(), villus.X[:, :60].toarray().astype(np.float64)
     with jax.enable_x64(True):
@@ -77,6 +78,7 @@ def test_fits_are_as_good_as_scipys(villus: ad.AnnData) -> None:
     assert same >= 15
 
 
+@pytest.mark.slow
 def test_known_zonation_is_found(tested: ad.AnnData) -> None:
     var = tested.var
     assert (var.loc[TIP + BOTTOM, "switch_qval"] < 1e-6).all()

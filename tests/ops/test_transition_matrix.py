@@ -129,6 +129,7 @@ def solved_directly(adata: ad.AnnData) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_walks_end_where_velocities_lead() -> None:
     shares = {}
     for forward in (1.0, -1.0):
@@ -149,6 +150,7 @@ def test_walks_end_where_velocities_lead() -> None:
     np.testing.assert_allclose(adata.obsm["lineages_fwd"], slow, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_states_that_are_looked_for() -> None:
     adata = two_arms()
     directed(adata, None, weight_connectivities=0.2)

@@ -94,6 +94,7 @@ def test_neighbours_in_the_latent_space_share_labels(adata: ad.AnnData, x: ops.C
     assert score > trivial + 0.15
 
 
+@pytest.mark.slow
 def test_a_batch_effect_stays_out_of_the_latent_space(adata: ad.AnnData) -> None:
     rng = np.random.default_rng(0)
     n, genes = 300, 120
@@ -141,6 +142,7 @@ def test_log_values_are_met_with_a_warning(adata: ad.AnnData) -> None:
         sd.pp.vae(logs, n_latent=4, max_epochs=1, progress=False)
 
 
+@pytest.mark.slow
 def test_in_a_plan_the_encoder_can_be_fitted_and_saved(adata: ad.AnnData, tmp_path: object) -> None:
     part = adata[:150, :60].copy()
     plan = sd.plan(part)

@@ -105,6 +105,20 @@ def phate_keys(key: str, entry: str) -> dict[str, str]:
     }
 
 
+def parametric_umap_keys(key: str) -> dict[str, str]:
+    layers = ("first", "second", "third", "last")
+    return {
+        f"obsm/X_{key}": "float32",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/net": "mapping",
+        **{f"uns/{key}/net/{name}{part}": "float32" for name in layers for part in ("", "_shift")},
+        f"uns/{key}/center": "float32",
+        f"uns/{key}/scale": "float",
+        f"uns/{key}/history": "float64",
+    }
+
+
 def kmeans_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -640,6 +654,14 @@ CASES = [
         },
         {"maxiter": 20, "densmap": True},
         slow=True,
+    ),
+    Case(
+        "parametric_umap",
+        "tl.parametric_umap",
+        "graph",
+        parametric_umap_keys("parametric_umap"),
+        {"n_steps": 20, "n_hidden": 8, "progress": False},
+        keyed=parametric_umap_keys("mine"),
     ),
     Case("phate", "tl.phate", "reduced", phate_keys("X_phate", "phate"), keyed=phate_keys("mine", "mine")),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
@@ -1265,6 +1287,11 @@ REFUSED = [
     ("annotate", {"majority_voting": True, "over_clustering": "absent"}, KeyError, "'absent'.*'batch'"),
     ("annotate", {"majority_voting": True, "over_clustering": "missing"}, ValueError, "missing for some"),
     ("annotate", {"majority_voting": True}, ValueError, "Run `sc.pp.neighbors` first"),
+    ("parametric_umap", {"min_dist": 1.5}, ValueError, "min_dist=1.5.*spread=1"),
+    ("parametric_umap", {"learning_rate": 0.0}, ValueError, "learning_rate=0"),
+    ("parametric_umap", {"gamma": -1.0}, ValueError, "gamma=-1"),
+    ("parametric_umap", {"n_steps": 0}, ValueError, "n_steps=0"),
+    ("parametric_umap", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("phate", {"n_components": 0}, ValueError, "n_components=0"),
     ("phate", {"k": CELLS}, ValueError, f"k={CELLS}.*{CELLS - 1}"),
     ("phate", {"decay": 0.0}, ValueError, "decay=0"),

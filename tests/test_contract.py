@@ -88,6 +88,7 @@ SLOW = {
     "neighbors_gauss",
     "normalize_total_excluding",
     "ot_trajectory",
+    "parametric_umap",
     "phate",
     "scale_uncentred",
     "scrublet",
@@ -506,6 +507,17 @@ CASES = [
         # The coordinates have no useful derivative: that of the loss is in test_umap.
         differentiable=False,
         equivariant=False,
+    ),
+    Case(
+        "parametric_umap",
+        lambda: ops.ParametricUMAP(training=ops.ParametricUMAPTraining(n_hidden=16, n_steps=20)),
+        lambda d: (d.coordinates,),
+        lambda r: r.embedding,
+        budget=150,
+        learns=("net",),
+        # Edges are drawn by their numbers.
+        equivariant=False,
+        start=lambda d: (d.coordinates, d.graph),
     ),
     Case(
         "phate",

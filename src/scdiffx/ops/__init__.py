@@ -27,6 +27,7 @@ from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
 from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, Scale, ScaleResult
 from scdiffx.ops._ot_trajectory import OTTrajectory, OTTrajectoryResult, OTTransport
+from scdiffx.ops._parametric_umap import ParametricUMAP, ParametricUMAPResult, ParametricUMAPTraining
 from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._phate import PHATE, PHATEResult, PHATESettings
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
@@ -101,6 +102,9 @@ __all__ = [
     "PCAResult",
     "PHATEResult",
     "PHATESettings",
+    "ParametricUMAP",
+    "ParametricUMAPResult",
+    "ParametricUMAPTraining",
     "Pattern",
     "Pseudotime",
     "PseudotimeResult",

@@ -156,15 +156,13 @@ class UMAP:
         p, rate = graph.pattern, self.settings.negative_sample_rate
         n = p.n_cells
         strength = row_sums(p, graph.values)
-        squared = squared_distances(p, embedding)
-        pull = (graph.values * jnp.log1p(self.a * _power(squared, self.b))).sum()
+        pull = (graph.values * attraction(squared_distances(p, embedding), self.a, self.b)).sum()
         order_key, key = jax.random.split(jax.random.key(0) if key is None else key)
         order = jax.random.permutation(order_key, n)
         push = jnp.zeros((), embedding.dtype)
         for shift in jax.random.randint(key, (rate,), 0, n):
             other = jnp.roll(order, -shift)
-            squared = ((embedding - embedding[other]) ** 2).sum(1)
-            apart = jnp.log1p(self.a * _power(squared, self.b)) - self.b * jnp.log(squared + _NEAR) - jnp.log(self.a)
+            apart = repulsion(((embedding - embedding[other]) ** 2).sum(1), self.a, self.b)
             push += (strength * jnp.where(other == jnp.arange(n), 0, apart)).sum()
         return (pull + self.settings.gamma * push) / strength.sum()
 
@@ -178,6 +176,16 @@ def _power(squared: Array, b: float | Array) -> Array:
     """``squared ** b``, with a derivative of 0 at 0."""
     apart = squared > 0
     return jnp.where(apart, jnp.exp(b * jnp.log(jnp.where(apart, squared, 1))), 0)
+
+
+def attraction(squared: Array, a: float | Array, b: float | Array) -> Array:
+    """-log of the similarity at a squared distance."""
+    return jnp.log1p(a * _power(squared, b))
+
+
+def repulsion(squared: Array, a: float | Array, b: float | Array) -> Array:
+    """-log(1 - similarity) at a squared distance, finite at 0."""
+    return attraction(squared, a, b) - b * jnp.log(squared + _NEAR) - jnp.log(a)
 
 
 def _least(n_epochs: int, n: int) -> int:

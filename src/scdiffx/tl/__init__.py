@@ -13,6 +13,7 @@ from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
 from scdiffx.tl._ot_trajectory import ot_trajectory
 from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
+from scdiffx.tl._parametric_umap import parametric_umap
 from scdiffx.tl._phate import phate
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
@@ -42,6 +43,7 @@ __all__ = [
     "ot_pull",
     "ot_push",
     "ot_trajectory",
+    "parametric_umap",
     "phate",
     "pseudotime",
     "simulate",

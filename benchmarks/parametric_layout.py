@@ -93,9 +93,8 @@ def main() -> None:
         for method in dict.fromkeys(row["method"] for row in rows):
             part = [row for row in rows if (row["set"], row["method"]) == (name, method)]
             mean = {key: np.mean([row[key] for row in part]) for key in ("old", "new", "label", "seconds")}
-            print(
-                f"{name:10} {method:14} {mean['old']:7.4f} {mean['new']:7.4f} {mean['label']:7.3f} {mean['seconds']:7.1f}"
-            )
+            numbers = f"{mean['old']:7.4f} {mean['new']:7.4f} {mean['label']:7.3f} {mean['seconds']:7.1f}"
+            print(f"{name:10} {method:14} {numbers}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

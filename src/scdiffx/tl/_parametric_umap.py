@@ -137,8 +137,12 @@ def parametric_umap(
 
     def notes(op: ops.ParametricUMAP, result: ops.ParametricUMAPResult, args: Any) -> Mapping[Slot, Any]:
         assert op.net is not None
-        entry = {"params": params, "net": {name: np.asarray(value, np.float32) for name, value in op.net.items()}}
-        entry |= {"center": np.asarray(op.center, np.float32), "scale": float(np.asarray(op.scale))}
+        entry: dict[str, Any] = {
+            "params": params,
+            "net": {name: np.asarray(value, np.float32) for name, value in op.net.items()},
+            "center": np.asarray(op.center, np.float32),
+            "scale": float(np.asarray(op.scale)),
+        }
         if op.history is not None:
             entry["history"] = np.asarray(op.history, np.float64)
         return {Uns(key_added): entry}

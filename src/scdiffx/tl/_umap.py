@@ -101,7 +101,7 @@ def umap(
     ValueError
         If there is no neighbour graph or it has no edges, there are fewer than `n_components` + 2 cells, a setting is
         not usable, or `adata` is a plan: hundreds of random steps have no useful derivative. Lay out what
-        ``fitted.apply`` returns.
+        ``fitted.apply`` returns, or use :func:`parametric_umap`.
 
     References
     ----------
@@ -111,7 +111,8 @@ def umap(
     """
     if isinstance(adata, Plan):
         raise ValueError(
-            "`umap` cannot be part of a plan: its layout has no derivative. Call it on `fitted.apply(...)`"
+            "`umap` cannot be part of a plan: its layout has no derivative. Call it on `fitted.apply(...)`, or put "
+            "`sd.tl.parametric_umap` into the plan"
         )
     _check(min_dist, spread, n_components, maxiter, alpha, gamma, negative_sample_rate, a, b)
     density = _density(dens_lambda, dens_frac, dens_var_shift) if densmap else None

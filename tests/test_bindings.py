@@ -1253,7 +1253,7 @@ REFUSED = [
     ("umap", {"init_pos": "absent"}, KeyError, r"'absent'.*'spectral'.*'X_pca'"),
     ("umap", {"init_pos": "paga"}, ValueError, "paga"),
     ("umap", {"init_pos": "X_pca"}, ValueError, rf"\({CELLS}, 9\).*\({CELLS}, 2\)"),
-    ("annotate", {"mode": "scanvi"}, ValueError, r"mode='scanvi'.*'celltypist'"),
+    ("annotate", {"mode": "markers"}, ValueError, r"mode='markers'.*'celltypist'.*'cellassign'"),
     ("annotate", {"labels_key": None}, ValueError, "pass labels_key=.*'known'"),
     ("annotate", {"labels_key": "absent"}, KeyError, r"'absent'.*'known'"),
     ("annotate", {"labels_key": "cell_type"}, ValueError, "every cell has a label.*reference="),

@@ -147,7 +147,7 @@ def joint(
     of_type = jnp.asarray(np.eye(at.n_types)[at.kind], rows.dtype)
     product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     x, size, batch = rows[:, :-2], rows[:, -2:-1], rows[:, -1].astype(jnp.int32)
-    log_mean = size + (baseline if baseline.shape[0] == 1 else baseline[batch])
+    log_mean = size + (baseline if baseline.shape[0] == 1 else jnp.asarray(baseline)[batch])
     # One pass over genes and entries.
     both = jnp.concatenate([x, product(x, of_gene)], 1)
     means = jnp.concatenate([log_mean, product(log_mean, of_gene) + log_folds], 1)
@@ -260,6 +260,9 @@ def fitted(
     table: np.ndarray, n_batches: int, markers: Any, settings: MarkerSettings, seed: int
 ) -> tuple[np.ndarray, Climb]:
     """The centres of the dispersion's bumps, and the best maximum from several starts."""
+    # By rank instead of column: compiled code is shared wherever the genes are.
+    at = layout(markers)
+    markers = tuple(tuple(int(i) for i in at.gene[at.kind == kind]) for kind in range(at.n_types))
     values = table[:, :-2]
     centres = np.linspace(values.min(), values.max(), N_BASIS)
     if centres[0] == centres[-1]:
@@ -268,7 +271,7 @@ def fitted(
     part = table
     if len(table) > _SUBSAMPLE:
         part = table[np.sort(rng.choice(len(table), _SUBSAMPLE, replace=False))]
-    trials = starts(part, n_batches, layout(markers), settings, rng)
+    trials = starts(part, n_batches, at, settings, rng)
     if len(trials) > 1:
         brief = settings._replace(max_iter=min(_BRIEF, settings.max_iter))
         trials = [max((climb(part, t, centres, markers, brief) for t in trials), key=lambda c: c.objective).flat]

@@ -42,7 +42,7 @@ class MarkerSettings(NamedTuple):
     min_sd: float = 0.1
     n_starts: int = 3
     max_iter: int = 2000
-    tol: float = 1e-4
+    tol: float = 1e-5
 
 
 class MarkerFit(NamedTuple):

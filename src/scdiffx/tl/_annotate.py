@@ -167,7 +167,7 @@ def annotate(
     The parameters of "cellassign" maximise the likelihood of the marker counts times the priors of both
     implementations (Dirichlet with concentration 0.01 on the proportions; normal on the logarithms of log folds, which
     are at least 2). Where expectation and maximisation climb in turns, L-BFGS climbs in all parameters at once, until
-    no slope is above 1e-4 nats per cell. The standard deviation of the normal, which is fitted too, is at least 0.1,
+    no slope is above 1e-5 nats per cell. The standard deviation of the normal, which is fitted too, is at least 0.1,
     for without a bound the priors have no maximum. With a reference, cells are unlike where their counts are less
     likely than those of 98 % of the reference's cells of like depth.
 

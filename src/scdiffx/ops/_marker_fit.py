@@ -25,6 +25,7 @@ _BINS = 10
 _PER_BIN = 100
 _SUBSAMPLE = 4000  # cells on which starts compete
 _BRIEF = 40  # iterations for which they do
+_LEAST_BUMP = 0.1  # where a climb begins
 _NOISE = 0.3  # standard deviations of the mean score of markers
 
 
@@ -276,8 +277,13 @@ def fitted(
         brief = settings._replace(max_iter=min(_BRIEF, settings.max_iter))
         trials = [max((climb(part, t, centres, markers, brief) for t in trials), key=lambda c: c.objective).flat]
     if part is not table:
-        trials = [climb(part, trials[0], centres, markers, settings).flat]
-    return centres, climb(table, trials[0], centres, markers, settings)
+        trials = [climb(part, _lifted(trials[0]), centres, markers, settings).flat]
+    return centres, climb(table, _lifted(trials[0]), centres, markers, settings)
+
+
+def _lifted(flat: _Flat) -> _Flat:
+    """With no bump of the dispersion near 0, from where the slope in its logarithm would not bring it back."""
+    return flat._replace(log_dispersion=np.maximum(flat.log_dispersion, math.log(_LEAST_BUMP)))
 
 
 def limits(log_likelihood: np.ndarray, log_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

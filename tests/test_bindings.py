@@ -144,6 +144,22 @@ def annotation_keys(key: str) -> dict[str, str]:
     }
 
 
+def marker_keys(key: str) -> dict[str, str]:
+    return {
+        f"obs/{key}": "category",
+        f"obs/{key}_confidence": "float32",
+        f"obsm/{key}_probabilities": "DataFrame",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/names": "object",
+        f"uns/{key}/log_folds": "DataFrame",
+        f"uns/{key}/proportions": "float64",
+        f"uns/{key}/log_likelihood": "float",
+        f"uns/{key}/converged": "bool",
+        f"uns/{key}/unassigned": "float",
+    }
+
+
 def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
     weights = "encoder_in encoder_gain encoder_bias encoder_out encoder_out_bias decoder_in decoder_batch decoder_out"
     curves = ("train", "validation", "validation_nll")
@@ -632,6 +648,17 @@ CASES = [
         {"labels_key": "known", "penalty": 0.1, "n_folds": 2},
         keyed=annotation_keys("mine"),
         matrix=True,
+    ),
+    Case(
+        "annotate_markers",
+        "tl.annotate",
+        "counts",
+        marker_keys("annotation"),
+        {"mode": "cellassign", "markers": {"T/NK": ["GNLY", "CD8A", "CD8B"], "Monocyte": ["S100A8", "S100A9"]}},
+        keyed=marker_keys("mine"),
+        matrix=True,
+        counts=True,
+        slow=True,
     ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
@@ -1275,7 +1302,7 @@ REFUSED = [
     ("umap", {"init_pos": "absent"}, KeyError, r"'absent'.*'spectral'.*'X_pca'"),
     ("umap", {"init_pos": "paga"}, ValueError, "paga"),
     ("umap", {"init_pos": "X_pca"}, ValueError, rf"\({CELLS}, 9\).*\({CELLS}, 2\)"),
-    ("annotate", {"mode": "scanvi"}, ValueError, r"mode='scanvi'.*'celltypist'"),
+    ("annotate", {"mode": "markers"}, ValueError, r"mode='markers'.*'celltypist'.*'cellassign'"),
     ("annotate", {"labels_key": None}, ValueError, "pass labels_key=.*'known'"),
     ("annotate", {"labels_key": "absent"}, KeyError, r"'absent'.*'known'"),
     ("annotate", {"labels_key": "cell_type"}, ValueError, "every cell has a label.*reference="),
@@ -1292,6 +1319,27 @@ REFUSED = [
     ("parametric_umap", {"gamma": -1.0}, ValueError, "gamma=-1"),
     ("parametric_umap", {"n_steps": 0}, ValueError, "n_steps=0"),
     ("parametric_umap", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
+    (
+        "annotate",
+        {"markers": {"B": ["CD8A"]}},
+        ValueError,
+        r"markers=.*no meaning with mode='celltypist'.*'cellassign'",
+    ),
+    ("annotate", {"size_factors": "quality"}, ValueError, "size_factors='quality' has no meaning"),
+    ("annotate_markers", {"labels_key": "cell_type"}, ValueError, "labels_key='cell_type' has no meaning"),
+    ("annotate_markers", {"penalty": 1.0}, ValueError, "penalty=1.0 has no meaning"),
+    ("annotate_markers", {"n_folds": 5}, ValueError, "n_folds=5 has no meaning"),
+    ("annotate_markers", {"markers": None}, ValueError, "needs markers="),
+    ("annotate_markers", {"batch_key": "absent"}, KeyError, "batch_key='absent'.*'batch'"),
+    ("annotate_markers", {"batch_key": "missing"}, ValueError, "'missing'.*missing for 1 of"),
+    ("annotate_markers", {"size_factors": "absent"}, KeyError, "size_factors='absent'.*'quality'"),
+    (
+        "annotate_markers",
+        {"size_factors": "quality"},
+        ValueError,
+        "size_factors='quality' must be numbers greater than 0",
+    ),
+    ("annotate_markers", {"reference": "folder"}, TypeError, "reference is a str.*pass an AnnData"),
     ("phate", {"n_components": 0}, ValueError, "n_components=0"),
     ("phate", {"k": CELLS}, ValueError, f"k={CELLS}.*{CELLS - 1}"),
     ("phate", {"decay": 0.0}, ValueError, "decay=0"),

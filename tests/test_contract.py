@@ -83,6 +83,7 @@ SLOW = {
     "logistic_annotation",
     "magic",
     "magic_on_graph",
+    "marker_annotation",
     "mmd_integrate",
     "neighbors_cosine",
     "neighbors_gauss",
@@ -402,6 +403,17 @@ CASES = [
         # Which cells are held out together depends on their order.
         equivariant=False,
         start=lambda d: (d.log, jnp.argmax(d.coordinates[:, :3], 1)),
+    ),
+    Case(
+        "marker_annotation",
+        lambda: ops.MarkerAnnotation(markers=((102, 103, 104), (52, 53, 65), (70, 103), ())),
+        lambda d: (d.counts, None, d.batch),
+        lambda r: (r.probabilities, r.confidence, r.log_likelihood),
+        # The total counts of cells see every gene.
+        budget=1_500,
+        learns=("baseline", "log_folds", "dispersion", "proportions"),
+        # Sums in another order end the climb at another step: test_marker_annotation has a tolerance for that.
+        equivariant=False,
     ),
     Case(
         "moments",

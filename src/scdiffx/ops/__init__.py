@@ -22,6 +22,8 @@ from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
 from scdiffx.ops._logistic_annotation import LogisticAnnotation, LogisticAnnotationResult, Standards
 from scdiffx.ops._magic import Magic, MagicResult
+from scdiffx.ops._marker_annotation import MarkerAnnotation, MarkerAnnotationResult
+from scdiffx.ops._marker_fit import MarkerFit, MarkerSettings
 from scdiffx.ops._mmd_integrate import MMDIntegrate
 from scdiffx.ops._moments import Moments, MomentsResult
 from scdiffx.ops._neighbors import DIFFERENTIABLE_METRICS, KERNELS, Neighbors, NeighborsResult
@@ -90,6 +92,10 @@ __all__ = [
     "MMDIntegrate",
     "Magic",
     "MagicResult",
+    "MarkerAnnotation",
+    "MarkerAnnotationResult",
+    "MarkerFit",
+    "MarkerSettings",
     "Moments",
     "MomentsResult",
     "Neighbors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Slot, Uns, X, available, matrix_of
 from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.tl._annotate_markers import marker_step
 from scdiffx.tl._annotation_model import (
     UNASSIGNED,
     AnnotationModel,
@@ -24,8 +25,19 @@ from scdiffx.tl._annotation_model import (
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from pandas import DataFrame
 
-MODES = ("celltypist",)
+MODES = ("celltypist", "cellassign")
+# Parameters that only some modes have.
+_ONLY = {
+    "penalty": ("celltypist",),
+    "labels_key": ("celltypist",),
+    "markers": ("cellassign",),
+    "batch_key": ("cellassign",),
+    "size_factors": ("cellassign",),
+    "n_folds": ("celltypist",),
+}
+_FOLDS = 3
 # CellTypist's resolutions of clusters for the vote: for up to so many cells.
 _RESOLUTIONS = ((5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20), (200_000, 25))
 # A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
@@ -40,41 +52,58 @@ def annotate(
     labels_key: str | None = None,
     reference: AnnData | AnnotationModel | str | Path | None = None,
     layer: str | None = None,
+    markers: Mapping[str, Sequence[str]] | DataFrame | None = None,
+    batch_key: str | None = None,
+    size_factors: str | None = None,
     penalty: float | None = None,
     threshold: float = 0.5,
     majority_voting: bool = False,
     over_clustering: str | None = None,
     neighbors_key: str = "neighbors",
-    n_folds: int = 3,
+    n_folds: int = _FOLDS,
     random_state: Any = None,
     key_added: str = "annotation",
     copy: bool = False,
     rng: Any = None,
 ) -> AnnData | None:
-    """Name the types of cells after those of labelled cells.
+    """Name the types of cells, after those of labelled cells or by marker genes.
 
     ``mode="celltypist"``: CellTypist's logistic regression on standardised logarithms, as one multinomial model. Its
     probabilities are calibrated on labelled cells that were held out, and a cell unlike those of its most probable type
     is unassigned, however probable that type is among the others.
 
+    ``mode="cellassign"``: CellAssign's negative binomial mixture of the counts of marker genes; needs no labelled cell.
+
     Parameters
     ----------
     adata
         Annotated data (cells x genes) with logarithms of normalised values, as :func:`scdiffx.pp.normalize_total` with
-        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them; or a plan.
+        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them; for "cellassign" with raw counts; or a plan.
     mode
-        "celltypist".
+        "celltypist" or "cellassign".
     labels_key
         Column of `obs` with the known types. Without a `reference`, cells where it is missing are annotated from the
         others, which keep their labels. Not with a model as `reference`.
     reference
         Cells with labels, normalised alike: all cells of `adata` are annotated from these, by the genes of both. Their
-        cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to.
+        cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to. For
+        "cellassign" cells with counts, to which the parameters are fitted in place of those of `adata`; labels are not
+        needed.
     layer
         Layer with the values, here and in the reference, instead of `X`.
+    markers
+        For "cellassign": the marker genes of each type, as a dictionary of lists, or as a table of 0 and 1, genes (its
+        index) x types. A dictionary stands for its types and, as in the R package, cells of no type, which raise no
+        gene and are "unassigned"; a table has these only where one of its columns is empty.
+    batch_key
+        For "cellassign": column of `obs` with batches, between which the level of each marker differs. Not with a
+        reference.
+    size_factors
+        For "cellassign": column of `obs`, here and in the reference, with what to multiply means of cells by. By
+        default total counts over all genes, divided by their mean among the fitted cells.
     penalty
         Strength of the data against the ridge, scikit-learn's and CellTypist's `C` (1 in CellTypist). By default that
-        of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best.
+        of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best. For "celltypist".
     threshold
         Cells are "unassigned" where the confidence is lower, in [0, 1].
     majority_voting
@@ -86,9 +115,10 @@ def annotate(
     neighbors_key
         Where these clusters find the graph.
     n_folds
-        Into so many parts labelled cells are dealt, each to be held out once.
+        Into so many parts labelled cells are dealt, each to be held out once. For "celltypist".
     random_state, rng
-        Seed of the folds: an integer, a numpy generator or a JAX key; give one of the two. Default 0.
+        Seed of the folds, or of the starts of the fit to the markers: an integer, a numpy generator or a JAX key; give
+        one of the two. Default 0.
     key_added
         Name of the results.
     copy
@@ -102,48 +132,106 @@ def annotate(
         The type, or "unassigned".
     `adata.obs["annotation_confidence" | f"{key_added}_confidence"]` : float32 (cells,)
         Probability of the most probable type, lowered for cells unlike those of that type: in [0, 1]. For cells with a
-        label 1.
+        label 1. For "cellassign" the posterior of the most probable type, which is not calibrated.
     `adata.obsm["annotation_probabilities" | f"{key_added}_probabilities"]` : DataFrame of float32 (cells, types)
         Calibrated probabilities, one column for each type; "/" in its name is written "|", for files cannot hold it.
+        For "cellassign" posteriors, with a last column "unassigned" where cells may be of no type.
     `adata.uns["annotation" | key_added]` : dict
         `params`; the `names` of the types; the `penalty` and `temperature` used; `accuracy` and `calibration_error`
         (expected, over 15 bins) of labelled cells held out; the shares `unlike` (of 2 % expected) and
-        `unassigned` of the annotated cells.
+        `unassigned` of the annotated cells. For "cellassign" `params`, `names` and `unassigned`; the `log_folds`, a
+        DataFrame (genes, types) with natural logarithms of the folds of the markers used, 0 elsewhere; the
+        `proportions` of the types, in the order of its columns; the `log_likelihood` of the cells; whether the fit
+        `converged`; and, with a reference, `unlike`.
 
     Raises
     ------
     KeyError
         If a column or layer does not exist.
     ValueError
-        If there are fewer than two types, no cell to annotate, no gene in common, or a setting is not usable.
+        If there are fewer than two types, no cell to annotate, no gene in common, or a setting is not usable or has no
+        meaning in this mode; if no marker of a type is there, or two types have the same.
 
     Warns
     -----
     UserWarning
-        If the values look like counts; if the reference is normalised to other totals or shares few genes; or if many
-        more cells than the expected 2 % are unlike those of their type, as where the reference lacks a type or another
-        batch looks different.
+        If the values look like counts, or for "cellassign" do not; if the reference is normalised to other totals or
+        shares few genes; if markers are missing; or if many more cells than the expected 2 % are unlike those of their
+        type, as where the reference lacks a type or another batch looks different.
 
     Notes
     -----
     A type that the reference lacks, but that is much like one it has, is given the name of that: on real blood cells a
     third of the cells of such types were unassigned on average, from none to all (see the documentation's figures).
 
-    In a plan, weights, bias and temperature are learnable and start at the fit; derivatives reach the expression.
+    The parameters of "cellassign" maximise the likelihood of the marker counts times the priors of both
+    implementations (Dirichlet with concentration 0.01 on the proportions; normal on the logarithms of log folds, which
+    are at least 2). Where expectation and maximisation climb in turns, L-BFGS climbs in all parameters at once, until
+    no slope is above 1e-5 nats per cell. The standard deviation of the normal, which is fitted too, is at least 0.1,
+    for without a bound the priors have no maximum. With a reference, cells are unlike where their counts are less
+    likely than those of 98 % of the reference's cells of like depth.
+
+    In a plan, weights, bias and temperature, or baseline, log folds, dispersion and proportions, are learnable and
+    start at the fit; derivatives reach the expression.
 
     References
     ----------
     Dominguez Conde et al. (2022), Cross-tissue immune cell analysis reveals tissue-specific features in humans. Guo et
-    al. (2017), On calibration of modern neural networks.
+    al. (2017), On calibration of modern neural networks. Zhang et al. (2019), Probabilistic cell-type assignment of
+    single-cell RNA-seq for tumor microenvironment profiling.
     """
-    data = adata.adata if isinstance(adata, Plan) else adata
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")
+    own = {"labels_key": labels_key, "markers": markers, "batch_key": batch_key, "size_factors": size_factors}
+    _refuse(mode, own | {"penalty": penalty, "n_folds": n_folds if n_folds != _FOLDS else None})
     check_fit(penalty, n_folds)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
     seed = as_seed(one_rng(rng, random_state))
-    op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=float(threshold))
+    if over_clustering is not None and not majority_voting:
+        raise ValueError(f"over_clustering={over_clustering!r} has no meaning without majority_voting=True")
+    clusters = _clusters(adata, over_clustering, neighbors_key, seed) if majority_voting else None
+    params = {
+        "mode": mode,
+        **({} if labels_key is None else {"labels_key": labels_key}),
+        "threshold": float(threshold),
+        "majority_voting": majority_voting,
+        **({} if over_clustering is None else {"over_clustering": over_clustering}),
+        **({"n_folds": n_folds} if mode == "celltypist" else {}),
+        "random_state": seed,
+    }
+    shared: dict[str, Any] = {"reference": reference, "layer": layer, "clusters": clusters, "key_added": key_added}
+    shared |= {"threshold": float(threshold), "seed": seed, "params": params}
+    if mode == "cellassign":
+        step = marker_step(adata, markers=markers, batch_key=batch_key, size_factors=size_factors, **shared)
+    else:
+        step = _celltypist_step(adata, labels_key=labels_key, penalty=penalty, n_folds=n_folds, **shared)
+    return apply(adata, step, copy=copy)
+
+
+def _refuse(mode: str, given: Mapping[str, Any]) -> None:
+    """Raise on parameters that have no meaning in the mode; None is not given."""
+    for name, value in given.items():
+        if value is not None and mode not in _ONLY[name]:
+            raise ValueError(f"{name}={value!r} has no meaning with mode={mode!r}, only with {list(_ONLY[name])}")
+
+
+def _celltypist_step(
+    adata: AnnData | Plan,
+    *,
+    labels_key: str | None,
+    reference: Any,
+    layer: str | None,
+    penalty: float | None,
+    threshold: float,
+    n_folds: int,
+    clusters: Slot | None,
+    key_added: str,
+    seed: int,
+    params: dict[str, Any],
+) -> Step:
+    data = adata.adata if isinstance(adata, Plan) else adata
+    op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=threshold)
     if reference is None:
         names, codes = labels_of(data, labels_key, "adata")
         if (codes >= 0).all():
@@ -157,20 +245,8 @@ def annotate(
         labels = None
     if not isinstance(adata, Plan):
         warn_if_counts(matrix_of(data, layer), "adata")
-    clusters = _clusters(adata, over_clustering, neighbors_key, seed) if majority_voting else None
-    if over_clustering is not None and not majority_voting:
-        raise ValueError(f"over_clustering={over_clustering!r} has no meaning without majority_voting=True")
-    params = {
-        "mode": mode,
-        **({} if labels_key is None else {"labels_key": labels_key}),
-        "threshold": float(threshold),
-        "majority_voting": majority_voting,
-        **({} if over_clustering is None else {"over_clustering": over_clustering}),
-        "n_folds": n_folds,
-        "random_state": seed,
-    }
     columns = tuple(name.replace("/", "|") for name in names)
-    step = Step(
+    return Step(
         "annotate",
         op,
         reads=(X(layer), labels, clusters),
@@ -187,7 +263,6 @@ def annotate(
         notes=_notes(key_added, names, params),
         rng=seed,
     )
-    return apply(adata, step, copy=copy)
 
 
 def _clusters(adata: AnnData | Plan, over_clustering: str | None, neighbors_key: str, seed: int) -> Slot:

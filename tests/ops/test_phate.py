@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from scipy.spatial.distance import pdist, squareform
 from sklearn.manifold import smacof
 
 import scdiffx as sd
-from helpers import QUICK, called, directional_fd, random_direction, tree_vdot
+from helpers import QUICK, called, directional_fd, pbmc_counts, random_direction, tree_vdot
 from scdiffx import ops
 from scdiffx.ops._mds import classic_mds, metric_mds, stress_of
 from scdiffx.ops._phate_structure import chosen_time, landmarks, operator_of, reach
@@ -187,8 +188,28 @@ def test_wrong_calls_name_themselves(pbmc: ad.AnnData) -> None:
         ops.PHATE(settings=ops.PHATESettings(mds="best")).init(z)
     with pytest.raises(ValueError, match=r"2 cells or landmarks.*n_components=2"):
         ops.PHATE(n_landmark=2).init(z)
-    with pytest.raises(ValueError, match="part of a plan"):
-        sd.tl.phate(sd.plan(pbmc))
+    with pytest.raises(ValueError, match=r"mds='classic'.*metric"):
+        sd.tl.phate(sd.plan(pbmc), mds="classic")
+
+
+@pytest.mark.slow
+def test_in_a_plan_a_loss_moves_the_layout() -> None:
+    raw = pbmc_counts()[:150].copy()
+    plan = sd.plan(raw)
+    sd.pp.normalize_total(plan)
+    sd.pp.log1p(plan)
+    sd.pp.pca(plan, n_comps=8)
+    sd.tl.phate(plan)
+    straight = raw.copy()
+    for call in (sd.pp.normalize_total, sd.pp.log1p, partial(sd.pp.pca, n_comps=8), sd.tl.phate):
+        call(straight)
+    loss = sd.losses.compactness("X_phate", "cell_type")
+    fitted = sd.fit(plan, loss, n_steps=6, refresh_every=3, learn=["phate", "pca"], progress=False)
+    assert fitted.history["train"][5] < fitted.history["train"][0] - 1e-3
+    kinds, z = raw.obs["cell_type"].to_numpy(), straight.obsm["X_phate"]
+    within = sum(((z[kinds == kind] - z[kinds == kind].mean(0)) ** 2).sum() for kind in np.unique(kinds))
+    # The fit starts at the layout that the calls make.
+    assert fitted.history["train"][0] == pytest.approx(within / ((z - z.mean(0)) ** 2).sum(), rel=1e-2)
 
 
 @pytest.mark.slow

@@ -82,14 +82,16 @@ def phate(
     KeyError
         If the representation does not exist.
     ValueError
-        If there are too few cells, a setting is not usable, or `adata` is a plan: PHATE has not been proven in fits.
-        Lay out what ``fitted.apply`` returns; derivatives are those of `ops.PHATE`.
+        If there are too few cells, a setting is not usable, or `adata` is a plan and `mds` is "classic", which has no
+        derivative.
 
     Notes
     -----
-    `ops.PHATE` is differentiable in the coordinates, `decay` and `bandwidth`. Neighbours, landmarks and `t` are
-    structure and have no derivatives. The metric layout is differentiated implicitly, modulo rigid motions: what is
-    differentiated should depend on distances in it. The classic layout has no derivative.
+    In a plan, `decay` and `bandwidth` are learnable, and derivatives reach the coordinates. Neighbours, landmarks and
+    `t` are structure and have none; neighbours and landmarks are found anew when a fit refreshes, `t` stays. The metric
+    layout is differentiated implicitly, modulo rigid motions: a loss should depend on distances in it. Where new
+    neighbours change the shape of the kernel, a fit compiles anew, which takes longer than many of its steps; new
+    cells are laid out by themselves.
 
     At most ``36 (k + 1)`` neighbours of each cell are searched; phate searches on where more are within the reach of
     the kernel.
@@ -98,9 +100,10 @@ def phate(
     ----------
     Moon et al. (2019), Visualizing structure and transitions in high-dimensional biological data.
     """
-    if isinstance(adata, Plan):
-        raise ValueError("`phate` cannot be part of a plan yet. Call it on `fitted.apply(...)`, or use `ops.PHATE`")
-    _check(adata.n_obs, n_components, k, decay, n_landmark, t, gamma, mds)
+    data = adata.adata if isinstance(adata, Plan) else adata
+    if isinstance(adata, Plan) and mds == "classic":
+        raise ValueError("mds='classic' has no derivative: in a plan use mds='metric'")
+    _check(data.n_obs, n_components, k, decay, n_landmark, t, gamma, mds)
     z = representation(adata, use_rep)
     seed = as_seed(one_rng(rng, random_state))
     key = key_added or ("phate" if preset() == "ScanpyV2Preview" else "X_phate")

@@ -14,12 +14,14 @@ from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
 from scdiffx._slots._matrix import (
     available,
     categories,
+    check_batch,
     check_counts,
     check_finite,
     genes_at,
     is_anndata,
     matrix_of,
     preset,
+    warn_if_not_counts,
 )
 from scdiffx._slots._places import Obs, Obsm, Uns, Var, Varm, X
 
@@ -44,12 +46,14 @@ __all__ = [
     "X",
     "available",
     "categories",
+    "check_batch",
     "check_counts",
     "check_finite",
     "genes_at",
     "is_anndata",
     "matrix_of",
     "preset",
+    "warn_if_not_counts",
     "write_all",
 ]
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from scdiffx._log import warn
+
 
 def is_anndata(obj: Any) -> bool:
     """Whether `obj` is an AnnData, without importing anndata for objects that cannot be one."""
@@ -69,6 +71,25 @@ def check_counts(matrix: Any, names: Any, genes: Any) -> None:
     values = matrix.data if sp.issparse(matrix) else matrix
     if values.size and values.min() < 0:
         _raise_at(matrix, values < 0, names, genes, "negative")
+
+
+def warn_if_not_counts(matrix: Any, what: str) -> None:
+    """scanpy's warning where a model of counts meets other numbers."""
+    values = matrix.data if sp.issparse(matrix) else matrix
+    part = values[:: max(1, values.shape[0] // 100_000)]
+    if (np.trunc(part) != part).any():
+        warn(f"`{what}` expects raw count data, but non-integers were found.")
+
+
+def check_batch(data: Any, batch_key: str | None) -> None:
+    """Raise where the batch of a cell is unknown."""
+    if batch_key is None:
+        return
+    if batch_key not in data.obs:
+        raise KeyError(f"batch_key={batch_key!r} is not in `adata.obs`. Available: {available(data.obs)}")
+    missing = data.obs[batch_key].isna().to_numpy()
+    if missing.any():
+        raise ValueError(f"`adata.obs[{batch_key!r}]` is missing for {missing.sum()} of {len(missing)} cells")
 
 
 def _raise_at(matrix: Any, bad: np.ndarray, names: Any, genes: Any, what: str) -> None:

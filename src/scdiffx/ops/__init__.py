@@ -29,6 +29,8 @@ from scdiffx.ops._normalize import Log1p, NormalizeTotal, NormalizeTotalResult, 
 from scdiffx.ops._ot_trajectory import OTTrajectory, OTTrajectoryResult, OTTransport
 from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._phate import PHATE, PHATEResult, PHATESettings
+from scdiffx.ops._scanvi import SemiSupervisedVAE, SemiSupervisedVAEResult
+from scdiffx.ops._scanvi_fit import SemiSupervisedTraining
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
@@ -110,6 +112,9 @@ __all__ = [
     "ScaleResult",
     "Scrublet",
     "ScrubletResult",
+    "SemiSupervisedTraining",
+    "SemiSupervisedVAE",
+    "SemiSupervisedVAEResult",
     "Simulate",
     "SimulateResult",
     "Solo",

@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
-from scdiffx._log import warn
-from scdiffx._slots import Obs, Obsm, Slot, Uns, X, available, matrix_of
+from scdiffx._slots import Obs, Obsm, Slot, Uns, X, check_batch, matrix_of, warn_if_not_counts
 from scdiffx._steps import Plan, Step, Write, apply, public
 
 if TYPE_CHECKING:
@@ -167,17 +165,6 @@ def _check_numbers(n_latent: int, library_size: float, max_epochs: int | None, p
         raise ValueError(f"library_size={library_size!r} must be greater than 0")
 
 
-def check_batch(data: AnnData, batch_key: str | None) -> None:
-    """Raise where the batch of a cell is unknown."""
-    if batch_key is None:
-        return
-    if batch_key not in data.obs:
-        raise KeyError(f"batch_key={batch_key!r} is not in `adata.obs`. Available: {available(data.obs)}")
-    missing = data.obs[batch_key].isna().to_numpy()
-    if missing.any():
-        raise ValueError(f"`adata.obs[{batch_key!r}]` is missing for {missing.sum()} of {len(missing)} cells")
-
-
 def _columns(data: AnnData, genes: Sequence[str] | str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The positions of the genes to decode and, unless they are all, their names; None where there are none."""
     if genes is None:
@@ -191,11 +178,3 @@ def _columns(data: AnnData, genes: Sequence[str] | str | None) -> tuple[np.ndarr
     if (positions < 0).any() or not len(names):
         raise KeyError(f"genes {list(names[positions < 0][:5])} are not in `adata.var_names`")
     return positions, names
-
-
-def warn_if_not_counts(matrix: Any, what: str) -> None:
-    """scanpy's warning where a model of counts meets other numbers."""
-    values = matrix.data if sp.issparse(matrix) else matrix
-    part = values[:: max(1, values.shape[0] // 100_000)]
-    if (np.trunc(part) != part).any():
-        warn(f"`{what}` expects raw count data, but non-integers were found.")

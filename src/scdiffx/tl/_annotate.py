@@ -13,6 +13,7 @@ from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Slot, Uns, X, available, matrix_of
 from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.tl._annotate_scanvi import scanvi_step
 from scdiffx.tl._annotation_model import (
     UNASSIGNED,
     AnnotationModel,
@@ -25,7 +26,14 @@ from scdiffx.tl._annotation_model import (
 if TYPE_CHECKING:
     from anndata import AnnData
 
-MODES = ("celltypist",)
+MODES = ("celltypist", "scanvi")
+# Parameters that only some modes have.
+_ONLY = {
+    "penalty": ("celltypist",),
+    "batch_key": ("scanvi",),
+    "n_latent": ("scanvi",),
+    "max_epochs": ("scanvi",),
+}
 # CellTypist's resolutions of clusters for the vote: for up to so many cells.
 _RESOLUTIONS = ((5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20), (200_000, 25))
 # A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
@@ -40,7 +48,10 @@ def annotate(
     labels_key: str | None = None,
     reference: AnnData | AnnotationModel | str | Path | None = None,
     layer: str | None = None,
+    batch_key: str | None = None,
     penalty: float | None = None,
+    n_latent: int | None = None,
+    max_epochs: int | None = None,
     threshold: float = 0.5,
     majority_voting: bool = False,
     over_clustering: str | None = None,
@@ -136,14 +147,58 @@ def annotate(
     Dominguez Conde et al. (2022), Cross-tissue immune cell analysis reveals tissue-specific features in humans. Guo et
     al. (2017), On calibration of modern neural networks.
     """
-    data = adata.adata if isinstance(adata, Plan) else adata
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")
+    _refuse(mode, {"penalty": penalty, "batch_key": batch_key, "n_latent": n_latent, "max_epochs": max_epochs})
     check_fit(penalty, n_folds)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
     seed = as_seed(one_rng(rng, random_state))
-    op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=float(threshold))
+    if over_clustering is not None and not majority_voting:
+        raise ValueError(f"over_clustering={over_clustering!r} has no meaning without majority_voting=True")
+    clusters = _clusters(adata, over_clustering, neighbors_key, seed) if majority_voting else None
+    params = {
+        "mode": mode,
+        **({} if labels_key is None else {"labels_key": labels_key}),
+        "threshold": float(threshold),
+        "majority_voting": majority_voting,
+        **({} if over_clustering is None else {"over_clustering": over_clustering}),
+        "n_folds": n_folds,
+        "random_state": seed,
+    }
+    shared: dict[str, Any] = {"labels_key": labels_key, "reference": reference, "layer": layer, "clusters": clusters}
+    shared |= {"threshold": float(threshold), "n_folds": n_folds, "key_added": key_added}
+    shared |= {"seed": seed, "params": params}
+    if mode == "scanvi":
+        step = scanvi_step(adata, batch_key=batch_key, n_latent=n_latent, max_epochs=max_epochs, **shared)
+    else:
+        step = _celltypist_step(adata, penalty=penalty, **shared)
+    return apply(adata, step, copy=copy)
+
+
+def _refuse(mode: str, given: Mapping[str, Any]) -> None:
+    """Raise on parameters that have no meaning in the mode; None is not given."""
+    for name, value in given.items():
+        if value is not None and mode not in _ONLY[name]:
+            raise ValueError(f"{name}={value!r} has no meaning with mode={mode!r}, only with {list(_ONLY[name])}")
+
+
+def _celltypist_step(
+    adata: AnnData | Plan,
+    *,
+    labels_key: str | None,
+    reference: Any,
+    layer: str | None,
+    penalty: float | None,
+    threshold: float,
+    n_folds: int,
+    clusters: Slot | None,
+    key_added: str,
+    seed: int,
+    params: dict[str, Any],
+) -> Step:
+    data = adata.adata if isinstance(adata, Plan) else adata
+    op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=threshold)
     if reference is None:
         names, codes = labels_of(data, labels_key, "adata")
         if (codes >= 0).all():
@@ -157,20 +212,8 @@ def annotate(
         labels = None
     if not isinstance(adata, Plan):
         warn_if_counts(matrix_of(data, layer), "adata")
-    clusters = _clusters(adata, over_clustering, neighbors_key, seed) if majority_voting else None
-    if over_clustering is not None and not majority_voting:
-        raise ValueError(f"over_clustering={over_clustering!r} has no meaning without majority_voting=True")
-    params = {
-        "mode": mode,
-        **({} if labels_key is None else {"labels_key": labels_key}),
-        "threshold": float(threshold),
-        "majority_voting": majority_voting,
-        **({} if over_clustering is None else {"over_clustering": over_clustering}),
-        "n_folds": n_folds,
-        "random_state": seed,
-    }
     columns = tuple(name.replace("/", "|") for name in names)
-    step = Step(
+    return Step(
         "annotate",
         op,
         reads=(X(layer), labels, clusters),
@@ -187,7 +230,6 @@ def annotate(
         notes=_notes(key_added, names, params),
         rng=seed,
     )
-    return apply(adata, step, copy=copy)
 
 
 def _clusters(adata: AnnData | Plan, over_clustering: str | None, neighbors_key: str, seed: int) -> Slot:

@@ -87,6 +87,7 @@ SLOW = {
     "normalize_total_excluding",
     "phate",
     "scale_uncentred",
+    "semi_supervised_vae",
     "steady_state",
     "umap",
     "vae_zinb",
@@ -394,6 +395,20 @@ CASES = [
         # Which cells are held out together depends on their order.
         equivariant=False,
         start=lambda d: (d.log, jnp.argmax(d.coordinates[:, :3], 1)),
+    ),
+    Case(
+        "semi_supervised_vae",
+        lambda: ops.SemiSupervisedVAE(
+            vae=ops.VAE(n_latent=3, n_hidden=8, training=ops.Training(max_epochs=2, batch_size=64)),
+            training=ops.SemiSupervisedTraining(max_epochs=2, n_folds=2),
+        ),
+        lambda d: (d.counts,),
+        lambda r: (r.probabilities, r.confidence, r.distance, r.latent),
+        budget=1_800,
+        learns=("net", "temperature"),
+        # Which cells share a minibatch depends on their order.
+        equivariant=False,
+        start=lambda d: (d.counts, d.batch, jnp.argmax(d.coordinates[:, :3], 1)),
     ),
     Case(
         "moments",

@@ -9,11 +9,14 @@ import anndata as ad
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from scipy import special, stats
 from sklearn.metrics import f1_score
 
+import scdiffx as sd
 from helpers import QUICK, called, directional_fd, pbmc_counts, random_direction, tree_vdot
 from scdiffx import ops
 from scdiffx._core.fields import replace

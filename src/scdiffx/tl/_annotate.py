@@ -66,26 +66,42 @@ def annotate(
 
     ``mode="celltypist"``: CellTypist's logistic regression on standardised logarithms, as one multinomial model. Its
     probabilities are calibrated on labelled cells that were held out, and a cell unlike those of its most probable type
-    is unassigned, however probable that type is among the others.
+    is unassigned, however probable that type is among the others. Where many cells are labelled it is the first choice.
+
+    ``mode="scanvi"``: scANVI, a variational autoencoder of counts in which the type is a latent variable, known for the
+    cells with a label; the cells without one are trained on as well. It is for few labels and for several batches, and
+    takes minutes: the autoencoder of :func:`scdiffx.pp.vae` is trained first, without labels, then all of it with them,
+    and, to calibrate probabilities, anew without the labels of each fold.
 
     Parameters
     ----------
     adata
         Annotated data (cells x genes) with logarithms of normalised values, as :func:`scdiffx.pp.normalize_total` with
-        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them; or a plan.
+        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them, for "scanvi" with raw counts, of variable genes at
+        best; or a plan.
     mode
-        "celltypist".
+        "celltypist" or "scanvi".
     labels_key
         Column of `obs` with the known types. Without a `reference`, cells where it is missing are annotated from the
         others, which keep their labels. Not with a model as `reference`.
     reference
         Cells with labels, normalised alike: all cells of `adata` are annotated from these, by the genes of both. Their
-        cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to.
+        cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to. For
+        "scanvi" an AnnData: it is trained on the labelled cells of the reference and all of `adata` together, where no
+        batch of one is a batch of the other. Then not in a plan.
     layer
         Layer with the values, here and in the reference, instead of `X`.
+    batch_key
+        Column of `obs`, here and in the reference, with the batch ("scanvi" only): the latent space is free to ignore
+        it.
     penalty
-        Strength of the data against the ridge, scikit-learn's and CellTypist's `C` (1 in CellTypist). By default that
-        of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best.
+        Strength of the data against the ridge ("celltypist" only), scikit-learn's and CellTypist's `C` (1 in
+        CellTypist). By default that of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best.
+    n_latent
+        Dimensions of the latent space ("scanvi" only), 10 by default.
+    max_epochs
+        Passes over the cells without labels ("scanvi" only), by default as many as 5,000 gradient steps take, but from
+        10 to 400; a tenth as many with labels follow.
     threshold
         Cells are "unassigned" where the confidence is lower, in [0, 1].
     majority_voting
@@ -99,7 +115,7 @@ def annotate(
     n_folds
         Into so many parts labelled cells are dealt, each to be held out once.
     random_state, rng
-        Seed of the folds: an integer, a numpy generator or a JAX key; give one of the two. Default 0.
+        Seed of folds and training: an integer, a numpy generator or a JAX key; give one of the two. Default 0.
     key_added
         Name of the results.
     copy
@@ -116,36 +132,50 @@ def annotate(
         label 1.
     `adata.obsm["annotation_probabilities" | f"{key_added}_probabilities"]` : DataFrame of float32 (cells, types)
         Calibrated probabilities, one column for each type; "/" in its name is written "|", for files cannot hold it.
+    `adata.obsm["X_scanvi" | f"X_{key_added}"]` : float32 (cells, n_latent), with ``mode="scanvi"``
+        Means of the approximate posterior of the latent vectors, which labels have drawn apart by type.
     `adata.uns["annotation" | key_added]` : dict
         `params`; the `names` of the types; the `penalty` and `temperature` used; `accuracy` and `calibration_error`
         (expected, over 15 bins) of labelled cells held out; the shares `unlike` (of 2 % expected) and
-        `unassigned` of the annotated cells.
+        `unassigned` of the annotated cells. With ``mode="scanvi"`` no `penalty`, but the `history`: of each epoch with
+        labels the negative `bound` in nats per cell and the `classification` loss, and of those before, with "vae_" in
+        front, what :func:`scdiffx.pp.vae` keeps. Below 20 labelled cells that can be held out, the temperature is 1 and
+        accuracy and calibration error are NaN.
 
     Raises
     ------
     KeyError
         If a column or layer does not exist.
     ValueError
-        If there are fewer than two types, no cell to annotate, no gene in common, or a setting is not usable.
+        If there are fewer than two types, no cell to annotate, no gene in common, a setting is not usable or has no
+        meaning in the mode, or, for "scanvi", values are negative.
 
     Warns
     -----
     UserWarning
-        If the values look like counts; if the reference is normalised to other totals or shares few genes; or if many
-        more cells than the expected 2 % are unlike those of their type, as where the reference lacks a type or another
-        batch looks different.
+        If the values look like counts, or, for "scanvi", do not; if there are too few labels to calibrate
+        probabilities; if the reference is normalised to other totals or shares few genes; or if many more cells than
+        the expected 2 % are unlike those of their type, as where the reference lacks a type or another batch looks
+        different.
 
     Notes
     -----
     A type that the reference lacks, but that is much like one it has, is given the name of that: on real blood cells a
     third of the cells of such types were unassigned on average, from none to all (see the documentation's figures).
 
-    In a plan, weights, bias and temperature are learnable and start at the fit; derivatives reach the expression.
+    "scanvi" knows a cell that is unlike the labelled ones by its distance from them in the latent space alone, where
+    few labels say little of what is alike and a type without labels can lie among the others: do not rely on it to find
+    unseen types.
+
+    In a plan, weights, bias and temperature (the networks of "scanvi") are learnable and start at the fit; derivatives
+    reach the expression.
 
     References
     ----------
     Dominguez Conde et al. (2022), Cross-tissue immune cell analysis reveals tissue-specific features in humans. Guo et
-    al. (2017), On calibration of modern neural networks.
+    al. (2017), On calibration of modern neural networks. Xu et al. (2021), Probabilistic harmonization and annotation
+    of single-cell transcriptomics data with deep generative models. Kingma et al. (2014), Semi-supervised learning with
+    deep generative models.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")

@@ -257,44 +257,48 @@ def test_the_same_name_in_reference_and_query_is_not_the_same_batch() -> None:
     np.testing.assert_array_equal(_sources(reference, query, None, np.array([0, 2])), [0, 0, 1, 1])
 
 
-@pytest.mark.slow
-def test_a_reference_is_trained_with_the_query(adata: ad.AnnData) -> None:
+@pytest.fixture(scope="module")
+def joined(adata: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData, ad.AnnData]:
+    """A reference with some labels, a query with fewer genes in another order, and what a user would join them to."""
     order = np.random.default_rng(0).permutation(250)[:200]
     reference, query = adata[:300].copy(), adata[300:, order].copy()
     reference.obs["type"] = reference.obs["cell_type"].where(np.arange(300) % 4 > 0)
-    settings = {"mode": "scanvi", "labels_key": "type", "reference": reference, "n_latent": 4, "max_epochs": 1}
-    found = sd.tl.annotate(query, rng=5, copy=True, **settings)
-    names = sorted(reference.obs["type"].dropna().unique())
-    assert list(found.uns["annotation"]["names"]) == names
-    known = np.flatnonzero(reference.obs["type"].notna())
-    both = sp.vstack([reference.X[known][:, np.sort(order)], query.X[:, np.argsort(order)]]).tocsr()
-    labels = np.r_[[names.index(name) for name in reference.obs["type"].iloc[known]], np.full(200, -1)]
-    op = ops.SemiSupervisedVAE(vae=ops.VAE(n_latent=4, training=ops.Training(max_epochs=1)))
-    x = ops.Counts.from_scipy(both)
-    op = op.init(x, jnp.asarray(labels < 0, jnp.int32), labels, key=jax.random.key(5))
-    expected = called(op, x)
-    np.testing.assert_allclose(found.obsm["X_scanvi"], expected.latent[len(known) :], atol=1e-4)
-    table = found.obsm["annotation_probabilities"].to_numpy()
-    np.testing.assert_allclose(table, expected.probabilities[len(known) :], atol=1e-4)
+    labelled = reference[reference.obs["type"].notna().to_numpy()]
+    both = ad.concat([labelled, query[:, reference.var_names[np.sort(order)]]], label="source", keys=["1", "2"])
+    both.obs["type"] = [*labelled.obs["type"].astype(str), *[None] * 200]
+    return reference, query, both
+
+
+SETTINGS = {"mode": "scanvi", "labels_key": "type", "n_latent": 4, "max_epochs": 1, "rng": 5}
 
 
 @pytest.mark.slow
-def test_in_a_plan_it_can_be_fitted_and_saved(adata: ad.AnnData, tmp_path: Path) -> None:
-    part = adata[:300].copy()
-    part.obs["known"] = part.obs["cell_type"].where(np.arange(300) % 2 > 0)
+def test_a_reference_is_joined_with_the_query(joined: tuple[ad.AnnData, ad.AnnData, ad.AnnData]) -> None:
+    reference, query, both = joined
+    found = sd.tl.annotate(query, reference=reference, copy=True, **SETTINGS)
+    expected = sd.tl.annotate(both, batch_key="source", copy=True, **SETTINGS)[-200:]
+    assert found.n_obs == 200
+    assert list(found.uns["annotation"]["names"]) == list(expected.uns["annotation"]["names"])
+    for key in ("X_scanvi", "annotation_probabilities"):
+        np.testing.assert_allclose(np.asarray(found.obsm[key]), np.asarray(expected.obsm[key]), atol=1e-4)
+    with pytest.raises(TypeError, match="reference is a str"):
+        sd.tl.annotate(query, mode="scanvi", labels_key="type", reference="folder")
+
+
+@pytest.mark.slow
+def test_in_a_plan_it_can_be_fitted_and_saved(
+    joined: tuple[ad.AnnData, ad.AnnData, ad.AnnData], tmp_path: Path
+) -> None:
+    part, again = joined[2].copy(), joined[2].copy()
     plan = sd.plan(part)
-    sd.tl.annotate(plan, mode="scanvi", labels_key="known", n_latent=4, max_epochs=1)
-    loss = sd.losses.cross_entropy("annotation_probabilities", "known")
-    fitted = sd.fit(plan, loss, optimizer=optax.adam(1e-3), n_steps=4, progress=False)
+    sd.tl.annotate(plan, batch_key="source", **SETTINGS)
+    loss = sd.losses.cross_entropy("X_scanvi", "type")
+    fitted = sd.fit(plan, loss, optimizer=optax.adam(1e-3), n_steps=6, progress=False)
     assert fitted.losses["train_after"] < fitted.losses["train_before"]
     fitted.apply()
     fitted.save(tmp_path / "fit")
-    again = adata[:300].copy()
-    again.obs["known"] = part.obs["known"]
     sd.Fitted.load(tmp_path / "fit").apply(again)
     np.testing.assert_allclose(again.obsm["X_scanvi"], part.obsm["X_scanvi"], atol=1e-5)
     assert (again.obs["annotation"].astype(str) == part.obs["annotation"].astype(str)).all()
     with pytest.raises(ValueError, match="no `reference` in a plan"):
-        sd.tl.annotate(sd.plan(part), mode="scanvi", labels_key="known", reference=part)
-    with pytest.raises(TypeError, match="reference is a str"):
-        sd.tl.annotate(part, mode="scanvi", labels_key="known", reference="folder")
+        sd.tl.annotate(sd.plan(part), reference=joined[0], **SETTINGS)

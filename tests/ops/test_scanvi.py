@@ -218,13 +218,16 @@ def test_the_temperature_suits_held_out_cells() -> None:
     logits = rng.normal(0, 1.5, (4001, 4))
     logits[:, 3] = -20
     codes[:-1] = [rng.choice(3, p=special.softmax(row[:3])) for row in logits[:-1]]
-    heat, accuracy, error = _scanvi_fit.checked(3 * logits, codes)
+    square = np.linspace(0, 1, 4001)
+    heat, limit, accuracy, error = _scanvi_fit.checked(3 * logits, square, codes)
+    np.testing.assert_allclose(limit, 0.98, atol=0.02)
     assert heat == pytest.approx(3, rel=0.1)
     assert error < 0.04
     assert accuracy == pytest.approx((logits[:-1].argmax(1) == codes[:-1]).mean(), abs=1e-9)
     with pytest.warns(UserWarning, match="19 labelled cells can be held out, and 20 are needed"):
-        heat, accuracy, _ = _scanvi_fit.checked(logits[:19], np.zeros(19, int))
+        heat, limit, accuracy, _ = _scanvi_fit.checked(logits[:19], square[:19], np.zeros(19, int))
     assert heat == 1
+    assert np.isposinf(limit).all()
     assert np.isnan(accuracy)
 
 
@@ -281,6 +284,13 @@ def test_a_reference_is_joined_with_the_query(joined: tuple[ad.AnnData, ad.AnnDa
     assert list(found.uns["annotation"]["names"]) == list(expected.uns["annotation"]["names"])
     for key in ("X_scanvi", "annotation_probabilities"):
         np.testing.assert_allclose(np.asarray(found.obsm[key]), np.asarray(expected.obsm[key]), atol=1e-4)
+    # One label of each type: nothing can be held out.
+    few = both.copy()
+    few.obs["type"] = few.obs["type"].where(~few.obs["type"].duplicated())
+    with pytest.warns(UserWarning, match="0 labelled cells can be held out"):
+        sd.tl.annotate(few, batch_key="source", **SETTINGS)
+    assert few.uns["annotation"]["unlike"] == 0
+    assert np.isfinite(few.obs["annotation_confidence"]).all()
     with pytest.raises(TypeError, match="reference is a str"):
         sd.tl.annotate(query, mode="scanvi", labels_key="type", reference="folder")
 

@@ -59,7 +59,7 @@ class SemiSupervisedVAE:
     net: Net | None = learnable(default=None)
     temperature: float | Array | None = learnable(default=None, constraint="positive")
     vae: VAE = buffer(default=VAE())
-    around: Surroundings | None = buffer(default=None)
+    around: Surroundings = buffer(default=Surroundings())
     genes: Array | None = buffer(default=None)
     history: dict[str, Array] | None = buffer(default=None, structure=True)
     threshold: float = static(default=0.5)
@@ -112,14 +112,14 @@ class SemiSupervisedVAE:
 
         `batch` is of use to `init` and `loss` alone: the encoder does not see it.
         """
-        net, around = self._net(x), self.around
-        if around is None or self.temperature is None:
+        net = self._net(x)
+        if self.around.limit is None or self.temperature is None:
             raise ValueError("SemiSupervisedVAE needs its networks: call `op = op.init(x, batch, labels)` first")
-        around = jax.tree.map(lambda v: jnp.asarray(v, x.dtype), around)
+        projection, centres, limit = (jnp.asarray(v, x.dtype) for v in self.around[:3])
         latent = C.map_rows(x, lambda block: encode(net, self._own(block))[0])
         logits = classify(net, latent) / jnp.asarray(self.temperature, x.dtype)
-        square = ((latent @ around.projection - around.centres[logits.argmax(1)]) ** 2).sum(1)
-        found = decided(logits, square, around.limit, self.threshold, labels, clusters)
+        square = ((latent @ projection - centres[logits.argmax(1)]) ** 2).sum(1)
+        found = decided(logits, square, limit, self.threshold, labels, clusters)
         return SemiSupervisedVAEResult(*found, latent)
 
     def loss(

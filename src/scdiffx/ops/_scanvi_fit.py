@@ -47,15 +47,15 @@ class Surroundings(NamedTuple):
     """Where labelled cells lie in the latent space, and how well those that were held out were told.
 
     Latent vectors times `projection` are white within the types; `centres` (types, dims) are the means of these and
-    `limit` (types,) the squared distance from them that 2 % of held-out cells exceed. `accuracy` and
-    `calibration_error` are NaN where too few cells could be held out.
+    `limit` (types,) the squared distance from them that 2 % of held-out cells exceed. Where too few cells
+    could be held out, the limits are infinite, and `accuracy` and `calibration_error` NaN.
     """
 
-    projection: Float[Array, "n_latent dims"]
-    centres: Float[Array, "types dims"]
-    limit: Float[Array, " types"]
-    accuracy: Float[Array, ""]
-    calibration_error: Float[Array, ""]
+    projection: Float[Array, "n_latent dims"] | None = None
+    centres: Float[Array, "types dims"] | None = None
+    limit: Float[Array, " types"] | None = None
+    accuracy: Float[Array, ""] | None = None
+    calibration_error: Float[Array, ""] | None = None
 
 
 class Cells(NamedTuple):
@@ -173,12 +173,13 @@ def trained(
     known = np.flatnonzero(cells.label >= 0)
     start = dict(vae.net) | initial(vae.n_latent, vae.n_hidden, types, rng)
     fold = folds(cells.label[known], settings.n_folds, rng)
+    n_folds = settings.n_folds if _counted(cells.label[known]).sum() >= ENOUGH else 0
     # The least that a fold leaves.
-    least = len(known) - int(np.bincount(fold).max())
+    least = len(known) - (int(np.bincount(fold).max()) if n_folds else 0)
     labelled = C.Counts.from_scipy(cells.csr[known])
-    bar = progress_bar((settings.n_folds + 1) * _epochs(vae, settings, len(cells.batch)), "labels", settings.progress)
+    bar = progress_bar((n_folds + 1) * _epochs(vae, settings, len(cells.batch)), "labels", settings.progress)
     logits, square = np.zeros((len(known), types)), np.full(len(known), np.nan)
-    for number in range(settings.n_folds):
+    for number in range(n_folds):
         held = fold == number
         if not held.any():
             continue
@@ -190,8 +191,8 @@ def trained(
     bar.close()
     z = np.asarray(_latent(net, labelled))
     places = whitened(z, z.T @ z, cells.label[known], types)
-    heat, *told = checked(logits, cells.label[known])
-    numbers = (*places, limits(square, logits.argmax(1), types), *told)
+    heat, *told = checked(logits, square, cells.label[known])
+    numbers = (*places, *told)
     return net, history, heat, Surroundings(*(jnp.asarray(v, jnp.float32) for v in numbers))
 
 
@@ -201,17 +202,22 @@ def _squares(z: np.ndarray, codes: np.ndarray, told: np.ndarray, own: np.ndarray
     return np.asarray(((z @ projection - centres[told]) ** 2).sum(1))
 
 
-def checked(logits: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]:
-    """The temperature that suits held-out cells; accuracy and calibration error at it."""
-    # The only cell of its type cannot be told by networks that have never seen one.
-    counted = np.bincount(codes)[codes] > 1
+def _counted(codes: np.ndarray) -> np.ndarray:
+    """The only cell of its type cannot be told by networks that have never seen one."""
+    return np.asarray(np.bincount(codes)[codes] > 1)
+
+
+def checked(logits: np.ndarray, square: np.ndarray, codes: np.ndarray) -> tuple[float, np.ndarray, float, float]:
+    """The temperature that suits held-out cells; limits of their distances; accuracy and calibration error."""
+    counted = _counted(codes)
     if counted.sum() < ENOUGH:
         warn(
             f"{counted.sum()} labelled cells can be held out, and {ENOUGH} are needed to calibrate probabilities: they "
-            "are left as the networks give them"
+            "are left as the networks give them, and no cell is found to be unlike the others of its type"
         )
-        return 1.0, math.nan, math.nan
+        return 1.0, np.full(logits.shape[1], np.inf), math.nan, math.nan
     heat, _ = temperature(logits[counted], codes[counted])
     chances = np.asarray(jax.nn.softmax(logits[counted] / heat))
     right = chances.argmax(1) == codes[counted]
-    return heat, float(right.mean()), calibration_error(chances.max(1), right)
+    alike = limits(square, logits.argmax(1), logits.shape[1])
+    return heat, alike, float(right.mean()), calibration_error(chances.max(1), right)

@@ -139,8 +139,8 @@ def annotate(
         (expected, over 15 bins) of labelled cells held out; the shares `unlike` (of 2 % expected) and
         `unassigned` of the annotated cells. With ``mode="scanvi"`` no `penalty`, but the `history`: of each epoch with
         labels the negative `bound` in nats per cell and the `classification` loss, and of those before, with "vae_" in
-        front, what :func:`scdiffx.pp.vae` keeps. Below 20 labelled cells that can be held out, the temperature is 1 and
-        accuracy and calibration error are NaN.
+        front, what :func:`scdiffx.pp.vae` keeps. Below 20 labelled cells that can be held out, the temperature is 1, no
+        cell is unlike, and accuracy and calibration error are NaN.
 
     Raises
     ------

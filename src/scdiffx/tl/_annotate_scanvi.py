@@ -157,7 +157,6 @@ def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
     ) -> Mapping[Slot, Any]:
         import pandas as pd
 
-        assert op.around is not None
         types = np.asarray(result.types)
         query = np.ones(len(types), bool) if args[2] is None else np.asarray(args[2]) < 0
         unlike = float((np.asarray(result.distance)[query] > 1).mean())
@@ -170,8 +169,8 @@ def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
             "params": params,
             "names": np.asarray(names, dtype=object),
             "temperature": float(np.asarray(op.temperature)),
-            "accuracy": float(op.around.accuracy),
-            "calibration_error": float(op.around.calibration_error),
+            "accuracy": float(np.asarray(op.around.accuracy)),
+            "calibration_error": float(np.asarray(op.around.calibration_error)),
             "unlike": unlike,
             "unassigned": float((types[query] < 0).mean()),
         }

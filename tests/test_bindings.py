@@ -160,6 +160,16 @@ def marker_keys(key: str) -> dict[str, str]:
     }
 
 
+def scanvi_keys(key: str, latent: str) -> dict[str, str]:
+    curves = ("bound", "classification", "vae_train", "vae_validation", "vae_validation_nll")
+    return {
+        **{path: kind for path, kind in annotation_keys(key).items() if not path.endswith("/penalty")},
+        f"obsm/{latent}": "float32",
+        f"uns/{key}/history": "mapping",
+        **{f"uns/{key}/history/{name}": "float64" for name in curves},
+    }
+
+
 def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
     weights = "encoder_in encoder_gain encoder_bias encoder_out encoder_out_bias decoder_in decoder_batch decoder_out"
     curves = ("train", "validation", "validation_nll")
@@ -660,6 +670,17 @@ CASES = [
         counts=True,
         slow=True,
     ),
+    Case(
+        "annotate_scanvi",
+        "tl.annotate",
+        "known",
+        scanvi_keys("annotation", "X_scanvi"),
+        {"mode": "scanvi", "labels_key": "known", "batch_key": "batch", "n_latent": 3, "max_epochs": 1, "n_folds": 2},
+        keyed=scanvi_keys("mine", "X_mine"),
+        matrix=True,
+        counts=True,
+        slow=True,
+    ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
         "umap",
@@ -775,7 +796,8 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
-        "labelled": ("log", lambda a: a.obs.insert(0, "known", a.obs["cell_type"].where(np.arange(CELLS) % 3 > 0))),
+        "labelled": ("log", with_known),
+        "known": ("counts", with_known),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
         "coupled": ("timed", lambda a: sd.tl.ot_trajectory(a, "day")),
         "spliced": ("graph", with_unspliced),
@@ -787,6 +809,10 @@ def _source(name: str) -> ad.AnnData:
     adata = source(earlier)
     step(adata)
     return adata
+
+
+def with_known(adata: ad.AnnData) -> None:
+    adata.obs.insert(0, "known", adata.obs["cell_type"].where(np.arange(CELLS) % 3 > 0))
 
 
 def with_unspliced(adata: ad.AnnData) -> None:
@@ -1302,7 +1328,15 @@ REFUSED = [
     ("umap", {"init_pos": "absent"}, KeyError, r"'absent'.*'spectral'.*'X_pca'"),
     ("umap", {"init_pos": "paga"}, ValueError, "paga"),
     ("umap", {"init_pos": "X_pca"}, ValueError, rf"\({CELLS}, 9\).*\({CELLS}, 2\)"),
-    ("annotate", {"mode": "markers"}, ValueError, r"mode='markers'.*'celltypist'.*'cellassign'"),
+    ("annotate", {"mode": "best"}, ValueError, r"mode='best'.*'celltypist', 'cellassign', 'scanvi'"),
+    ("annotate", {"n_latent": 5}, ValueError, r"n_latent=5.*mode='celltypist'.*'scanvi'"),
+    ("annotate", {"max_epochs": 5}, ValueError, r"max_epochs=5.*mode='celltypist'"),
+    ("annotate", {"batch_key": "batch"}, ValueError, r"batch_key='batch'.*mode='celltypist'"),
+    ("annotate_scanvi", {"penalty": 0.1}, ValueError, r"penalty=0.1.*mode='scanvi'"),
+    ("annotate_scanvi", {"n_latent": 0}, ValueError, "n_latent=0"),
+    ("annotate_scanvi", {"max_epochs": 0}, ValueError, "max_epochs=0"),
+    ("annotate_scanvi", {"batch_key": "absent"}, KeyError, r"'absent'.*'batch'"),
+    ("annotate_scanvi", {"labels_key": "cell_type"}, ValueError, "every cell has a label.*reference="),
     ("annotate", {"labels_key": None}, ValueError, "pass labels_key=.*'known'"),
     ("annotate", {"labels_key": "absent"}, KeyError, r"'absent'.*'known'"),
     ("annotate", {"labels_key": "cell_type"}, ValueError, "every cell has a label.*reference="),

@@ -93,6 +93,7 @@ SLOW = {
     "phate",
     "scale_uncentred",
     "scrublet",
+    "semi_supervised_vae",
     "solo",
     "steady_state",
     "switch_de",
@@ -414,6 +415,20 @@ CASES = [
         learns=("baseline", "log_folds", "dispersion", "proportions"),
         # Sums in another order end the climb at another step: test_marker_annotation has a tolerance for that.
         equivariant=False,
+    ),
+    Case(
+        "semi_supervised_vae",
+        lambda: ops.SemiSupervisedVAE(
+            vae=ops.VAE(n_latent=3, n_hidden=8, training=ops.Training(max_epochs=2, batch_size=64)),
+            training=ops.SemiSupervisedTraining(max_epochs=2, n_folds=2),
+        ),
+        lambda d: (d.counts,),
+        lambda r: (r.probabilities, r.confidence, r.distance, r.latent),
+        budget=1_800,
+        learns=("net", "temperature"),
+        # Which cells share a minibatch depends on their order.
+        equivariant=False,
+        start=lambda d: (d.counts, d.batch, jnp.argmax(d.coordinates[:, :3], 1)),
     ),
     Case(
         "moments",

@@ -93,9 +93,10 @@ class Fitted:
             if net and getattr(op, f.name) is None:
                 changes[f.name] = net
         if changes:
-            empty = [f.name for f in fields_of_kind(op, "buffer") if getattr(op, f.name) is None]
-            found = {field: self.buffers.get(f"{name}.{field}") for field in empty}
-            changes |= {field: jnp.asarray(value) for field, value in found.items() if value is not None}
+            for stored, kind in ((self.params, "learnable"), (self.buffers, "buffer")):
+                for f in fields_of_kind(op, kind):
+                    value = _completed(stored, f"{name}.{f.name}", getattr(op, f.name))
+                    changes |= {} if value is None or f.name in changes else {f.name: value}
         return replace(op, **changes)
 
     def _filled(self, name: str, op: Any) -> Any:
@@ -147,6 +148,16 @@ class Fitted:
         buffers = {k.removeprefix("buffer/"): v for k, v in arrays.items() if k.startswith("buffer/")}
         calls = [(name, dict(arguments)) for name, arguments in record["calls"]]
         return cls(calls, params, buffers, record["losses"], record["adopted"], record["history"], genes)
+
+
+def _completed(stored: dict[str, np.ndarray], key: str, value: Any) -> Any:
+    """What was stored in place of None: an array, or parts of a named tuple."""
+    if value is None:
+        return jnp.asarray(stored[key]) if key in stored else None
+    if not hasattr(value, "_fields"):
+        return value
+    parts = {part: _completed(stored, f"{key}.{part}", getattr(value, part)) for part in value._fields}
+    return value._replace(**parts)
 
 
 def _like(saved: np.ndarray, old: Any, key: str) -> Any:

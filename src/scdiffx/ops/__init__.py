@@ -32,6 +32,8 @@ from scdiffx.ops._ot_trajectory import OTTrajectory, OTTrajectoryResult, OTTrans
 from scdiffx.ops._parametric_umap import ParametricUMAP, ParametricUMAPResult, ParametricUMAPTraining
 from scdiffx.ops._pca import PCA, PCAResult
 from scdiffx.ops._phate import PHATE, PHATEResult, PHATESettings
+from scdiffx.ops._scanvi import SemiSupervisedVAE, SemiSupervisedVAEResult
+from scdiffx.ops._scanvi_fit import SemiSupervisedTraining
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
@@ -120,6 +122,9 @@ __all__ = [
     "ScaleResult",
     "Scrublet",
     "ScrubletResult",
+    "SemiSupervisedTraining",
+    "SemiSupervisedVAE",
+    "SemiSupervisedVAEResult",
     "Simulate",
     "SimulateResult",
     "Solo",

@@ -21,11 +21,13 @@ __all__ = [
     "Training",
     "envelope",
     "folds",
+    "limits",
     "logistic",
     "rows",
     "standardised",
     "standards",
     "temperature",
+    "whitened",
 ]
 
 MAX_VALUE = 10.0  # standard deviations above the mean where values are cut, as CellTypist does
@@ -188,14 +190,15 @@ def envelope(data: Training, fold: np.ndarray, n_folds: int) -> Envelope:
     whole = sum(grams[1:], start=grams[0])
     for number, gram in enumerate(grams):
         held = fold == number
-        projection, centres = _whitened(values[~held], whole - gram, data.codes[~held], data.n_types)
+        projection, centres = whitened(values[~held], whole - gram, data.codes[~held], data.n_types)
         square[held] = ((values[held] @ projection - centres[data.codes[held]]) ** 2).sum(1)
-    projection, centres = _whitened(values, whole, data.codes, data.n_types)
-    parts = (projection, centres, _limits(square, data.codes, data.n_types))
+    projection, centres = whitened(values, whole, data.codes, data.n_types)
+    parts = (projection, centres, limits(square, data.codes, data.n_types))
     return Envelope(jnp.asarray(genes, jnp.int32), *(jnp.asarray(part, data.x.dtype) for part in parts))
 
 
-def _limits(square: np.ndarray, codes: np.ndarray, n_types: int) -> np.ndarray:
+def limits(square: np.ndarray, codes: np.ndarray, n_types: int) -> np.ndarray:
+    """For each type the squared distance that few held-out cells exceed; that of all where it has few cells."""
     # A type of one cell has no centre in the folds without it, and says nothing about its spread.
     seen = np.isfinite(square)
     if not seen.any():
@@ -208,7 +211,7 @@ def _limits(square: np.ndarray, codes: np.ndarray, n_types: int) -> np.ndarray:
     return limits
 
 
-def _whitened(values: np.ndarray, gram: np.ndarray, codes: np.ndarray, n_types: int) -> tuple[np.ndarray, np.ndarray]:
+def whitened(values: np.ndarray, gram: np.ndarray, codes: np.ndarray, n_types: int) -> tuple[np.ndarray, np.ndarray]:
     """A projection in which cells have unit covariance around the means of their types; and these means."""
     comps = max(1, min(_COMPS, values.shape[1], len(values) - n_types - 1))
     scores = values @ (axes := _leading(gram, comps))

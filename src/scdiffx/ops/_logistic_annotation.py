@@ -29,7 +29,7 @@ from scdiffx.ops._annotation_fit import (
     temperature,
 )
 
-__all__ = ["LogisticAnnotation", "LogisticAnnotationResult", "calibration_error"]
+__all__ = ["LogisticAnnotation", "LogisticAnnotationResult", "calibration_error", "decided"]
 
 _BINS = 15
 _TOLERANCE = 1e-6  # largest slope of the mean loss
@@ -176,19 +176,34 @@ class LogisticAnnotation:
 
         found = C.map_rows(x, both)
         logits = (found[:, :n_types] + jnp.asarray(self.bias, dtype)) / jnp.asarray(self.temperature, dtype)
-        chances = jax.nn.softmax(logits)
-        best = logits.argmax(1)
-        square = ((found[:, n_types:] - spread.centres[best]) ** 2).sum(1)
-        excess = jnp.maximum(square - spread.limit[best], 0)
-        confidence = chances.max(1) * jnp.exp(-excess / 2)
-        types = jnp.where(confidence >= self.threshold, best, -1).astype(jnp.int32)
-        if labels is not None:
-            types = jnp.where(labels >= 0, labels, types)
-            confidence = jnp.where(labels >= 0, 1, confidence)
-        if clusters is not None:
-            types = _voted(types, clusters, n_types)
-            types = types if labels is None else jnp.where(labels >= 0, labels, types)
-        return LogisticAnnotationResult(chances, confidence, square / spread.limit[best], types)
+        square = ((found[:, n_types:] - spread.centres[logits.argmax(1)]) ** 2).sum(1)
+        return LogisticAnnotationResult(*decided(logits, square, spread.limit, self.threshold, labels, clusters))
+
+
+def decided(
+    logits: Float[Array, "cells types"],
+    square: Float[Array, " cells"],
+    limit: Float[Array, " types"],
+    threshold: float,
+    labels: Int[Array, " cells"] | None,
+    clusters: Int[Array, " cells"] | None,
+) -> tuple[Array, Array, Array, Array]:
+    """Probabilities, confidence, distance and types, as in :class:`LogisticAnnotationResult`.
+
+    `square` are squared distances from the most probable type, and `limit` those up to which cells are alike.
+    """
+    n_types = logits.shape[1]
+    chances, best = jax.nn.softmax(logits), logits.argmax(1)
+    excess = jnp.maximum(square - limit[best], 0)
+    confidence = chances.max(1) * jnp.exp(-excess / 2)
+    types = jnp.where(confidence >= threshold, best, -1).astype(jnp.int32)
+    if labels is not None:
+        types = jnp.where(labels >= 0, labels, types)
+        confidence = jnp.where(labels >= 0, 1, confidence)
+    if clusters is not None:
+        types = _voted(types, clusters, n_types)
+        types = types if labels is None else jnp.where(labels >= 0, labels, types)
+    return chances, confidence, square / limit[best], types
 
 
 def _voted(types: Array, clusters: Array, n_types: int) -> Int[Array, " cells"]:

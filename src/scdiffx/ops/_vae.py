@@ -25,14 +25,14 @@ DISPERSIONS = ("gene", "gene-batch")
 Net = dict[str, Any]
 _MIN_CELLS = 10
 # Minibatches drawn from the sparse matrix together: few enough that a large epoch takes no memory.
-_STEPS_AT_ONCE = 64
+STEPS_AT_ONCE = 64
 _STEPS = 5_000
 # exp(9) is a Poisson distribution for any count that occurs, and float32 still resolves the gamma function there.
 _LOG_THETA = (-7.0, 9.0)
 _LOG_STD = (-6.0, 3.0)
 _DROPOUT = 0.3
 # The dispersions lie orders of magnitude apart: at the rate of the weights they would not get there.
-_DISPERSION_RATE = 10
+DISPERSION_RATE = 10
 
 
 class Training(NamedTuple):
@@ -150,7 +150,7 @@ class VAE:
         return {name: jnp.asarray(value, like.dtype) for name, value in self.net.items()}
 
 
-def _layer_norm(x: Array, gain: Array, bias: Array) -> Array:
+def layer_norm(x: Array, gain: Array, bias: Array) -> Array:
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + bias
 
@@ -160,7 +160,7 @@ def encode(net: Net, x: Float[Array, "cells genes"], key: Array | None = None) -
     # Relative to the average gene of the cell: 1 on average, whatever the depth and the number of genes.
     total = x.sum(1, keepdims=True)
     scaled = jnp.log1p(x * (x.shape[1] / jnp.where(total > 0, total, 1)))
-    h = jax.nn.relu(_layer_norm(scaled @ net["encoder_in"], net["encoder_gain"], net["encoder_bias"]))
+    h = jax.nn.relu(layer_norm(scaled @ net["encoder_in"], net["encoder_gain"], net["encoder_bias"]))
     if key is not None:
         h = jnp.where(jax.random.bernoulli(key, 1 - _DROPOUT, h.shape), h / (1 - _DROPOUT), 0)
     mean, log_std = jnp.split(h @ net["encoder_out"] + net["encoder_out_bias"], 2, axis=1)
@@ -218,13 +218,17 @@ def bound(
     training it is computed at the few places where it is not 0, because gamma functions cost more than all the rest.
     """
     mean, std = encode(net, x, dropout_key)
-    z = mean + std * noise
+    fit = reconstruction(net, x, mean + std * noise, batch, likelihood)
+    divergence = ((mean**2 + std**2 - 1) / 2 - jnp.log(std)).sum(1)
+    return fit, divergence
+
+
+def reconstruction(net: Net, x: Array, z: Array, batch: Array, likelihood: str) -> Float[Array, " cells"]:
+    """Log likelihood of the cells given latent vectors, less :func:`coefficient`."""
     log_depth = jnp.log(jnp.maximum(x.sum(1, keepdims=True), 1))
     log_mu = jax.nn.log_softmax(decode(net, z, batch)) + log_depth
     dropout = z @ net["dropout"] + net["dropout_bias"] if likelihood == "zinb" else None
-    fit = log_kernel(x, log_mu, log_theta(net, batch), dropout).sum(1)
-    divergence = ((mean**2 + std**2 - 1) / 2 - jnp.log(std)).sum(1)
-    return fit, divergence
+    return log_kernel(x, log_mu, log_theta(net, batch), dropout).sum(1)
 
 
 def _batch_bound(
@@ -235,10 +239,16 @@ def _batch_bound(
     noise = jax.random.normal(key, (size, net["decoder_in"].shape[0]))
     dropout_key = jax.random.fold_in(key, 1) if training else None
     fit, divergence = bound(net, densify(rows, size, genes), batch, noise, likelihood, dropout_key)
+    return add_coefficients(net, rows, batch, fit), divergence
+
+
+def add_coefficients(net: Net, rows: SparseRows, batch: Array, fit: Array) -> Float[Array, " cells"]:
+    """`fit` with the sum of :func:`coefficient` over the genes of each cell of a minibatch."""
+    size, genes = batch.shape[0], net["encoder_in"].shape[0]
     table = jnp.clip(net["log_theta"], *_LOG_THETA)
     row, gene = rows.position // genes, rows.position % genes
     log_r = table[batch[jnp.minimum(row, size - 1)], gene] if table.shape[0] > 1 else table[0, gene]
-    return fit.at[row].add(coefficient(jnp.asarray(rows.data), log_r), mode="drop"), divergence
+    return fit.at[row].add(coefficient(jnp.asarray(rows.data), log_r), mode="drop")
 
 
 def _initial(op: VAE, csr: Any, codes: np.ndarray, batches: int, rng: np.random.Generator) -> Net:
@@ -275,7 +285,7 @@ def _initial(op: VAE, csr: Any, codes: np.ndarray, batches: int, rng: np.random.
     return {name: value.astype(np.float32) for name, value in net.items()}
 
 
-def _optimizer() -> Any:
+def optimizer() -> Any:
     import optax
 
     return optax.scale_by_adam()
@@ -293,8 +303,8 @@ def _train_step(
 
     net, optimizer_state = state
     (_, value), grads = jax.value_and_grad(cost, has_aux=True)(net)
-    steps, optimizer_state = _optimizer().update(grads, optimizer_state)
-    rates = {name: _DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
+    steps, optimizer_state = optimizer().update(grads, optimizer_state)
+    rates = {name: DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
     return ({name: net[name] - rates[name] * steps[name] for name in net}, optimizer_state), value
 
 
@@ -315,8 +325,8 @@ class _Run:
 
     def minibatches(self, cells: np.ndarray) -> Iterator[tuple[SparseRows, np.ndarray]]:
         """The cells (steps, size) in turn, with their batches."""
-        for start in range(0, len(cells), _STEPS_AT_ONCE):
-            part = cells[start : start + _STEPS_AT_ONCE]
+        for start in range(0, len(cells), STEPS_AT_ONCE):
+            part = cells[start : start + STEPS_AT_ONCE]
             yield from zip(draw(self.csr, part, self.width), self.codes[part], strict=True)
 
     def epoch(self, state: Any, cells: np.ndarray, weight: float, rate: float, seed: int) -> tuple[Any, float]:
@@ -348,7 +358,7 @@ def _trained(op: VAE, csr: Any, codes: np.ndarray, seed: int) -> tuple[Net, dict
     held, train = np.split(rng.permutation(len(codes)), [max(1, round(settings.validation * len(codes)))])
     run = _Run(op, csr, codes, train)
     net = _initial(op, csr[train], codes[train], int(codes.max()) + 1, rng)
-    state = (net, _optimizer().init(net))
+    state = (net, optimizer().init(net))
     epochs = settings.epochs(len(train))
     history: dict[str, list[float]] = {"train": [], "validation": [], "validation_nll": []}
     best, best_epoch = net, 0

@@ -14,6 +14,7 @@ from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Slot, Uns, X, available, matrix_of
 from scdiffx._steps import Plan, Step, Write, apply, public
 from scdiffx.tl._annotate_markers import marker_step
+from scdiffx.tl._annotate_scanvi import scanvi_step
 from scdiffx.tl._annotation_model import (
     UNASSIGNED,
     AnnotationModel,
@@ -27,15 +28,17 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-MODES = ("celltypist", "cellassign")
+MODES = ("celltypist", "cellassign", "scanvi")
 # Parameters that only some modes have.
 _ONLY = {
     "penalty": ("celltypist",),
-    "labels_key": ("celltypist",),
+    "labels_key": ("celltypist", "scanvi"),
     "markers": ("cellassign",),
-    "batch_key": ("cellassign",),
     "size_factors": ("cellassign",),
-    "n_folds": ("celltypist",),
+    "batch_key": ("cellassign", "scanvi"),
+    "n_folds": ("celltypist", "scanvi"),
+    "n_latent": ("scanvi",),
+    "max_epochs": ("scanvi",),
 }
 _FOLDS = 3
 # CellTypist's resolutions of clusters for the vote: for up to so many cells.
@@ -56,6 +59,8 @@ def annotate(
     batch_key: str | None = None,
     size_factors: str | None = None,
     penalty: float | None = None,
+    n_latent: int | None = None,
+    max_epochs: int | None = None,
     threshold: float = 0.5,
     majority_voting: bool = False,
     over_clustering: str | None = None,
@@ -70,7 +75,12 @@ def annotate(
 
     ``mode="celltypist"``: CellTypist's logistic regression on standardised logarithms, as one multinomial model. Its
     probabilities are calibrated on labelled cells that were held out, and a cell unlike those of its most probable type
-    is unassigned, however probable that type is among the others.
+    is unassigned, however probable that type is among the others. Where many cells are labelled it is the first choice.
+
+    ``mode="scanvi"``: scANVI, a variational autoencoder of counts in which the type is a latent variable, known for the
+    cells with a label; the cells without one are trained on as well. It is for few labels and for several batches, and
+    takes minutes: the autoencoder of :func:`scdiffx.pp.vae` is trained first, without labels, then all of it with them,
+    and, to calibrate probabilities, anew without the labels of each fold.
 
     ``mode="cellassign"``: CellAssign's negative binomial mixture of the counts of marker genes; needs no labelled cell.
 
@@ -78,9 +88,10 @@ def annotate(
     ----------
     adata
         Annotated data (cells x genes) with logarithms of normalised values, as :func:`scdiffx.pp.normalize_total` with
-        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them; for "cellassign" with raw counts; or a plan.
+        ``target_sum=1e4`` and :func:`scdiffx.pp.log1p` leave them; for the other modes with raw counts, for "scanvi" of
+        variable genes at best; or a plan.
     mode
-        "celltypist" or "cellassign".
+        "celltypist", "cellassign" or "scanvi".
     labels_key
         Column of `obs` with the known types. Without a `reference`, cells where it is missing are annotated from the
         others, which keep their labels. Not with a model as `reference`.
@@ -88,7 +99,8 @@ def annotate(
         Cells with labels, normalised alike: all cells of `adata` are annotated from these, by the genes of both. Their
         cells without a label do not count. Or a model of :func:`annotation_model`, or the folder it was saved to. For
         "cellassign" cells with counts, to which the parameters are fitted in place of those of `adata`; labels are not
-        needed.
+        needed. For "scanvi" an AnnData: it is trained on the labelled cells of the reference and all of `adata`
+        together, where no batch of one is a batch of the other. Then not in a plan.
     layer
         Layer with the values, here and in the reference, instead of `X`.
     markers
@@ -96,14 +108,19 @@ def annotate(
         index) x types. A dictionary stands for its types and, as in the R package, cells of no type, which raise no
         gene and are "unassigned"; a table has these only where one of its columns is empty.
     batch_key
-        For "cellassign": column of `obs` with batches, between which the level of each marker differs. Not with a
-        reference.
+        Column of `obs` with batches. For "cellassign", the level of each marker differs between them; not with a
+        reference. For "scanvi", the latent space is free to ignore them; in the reference too.
     size_factors
         For "cellassign": column of `obs`, here and in the reference, with what to multiply means of cells by. By
         default total counts over all genes, divided by their mean among the fitted cells.
     penalty
-        Strength of the data against the ridge, scikit-learn's and CellTypist's `C` (1 in CellTypist). By default that
-        of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best. For "celltypist".
+        For "celltypist": strength of the data against the ridge, scikit-learn's and CellTypist's `C` (1 in CellTypist).
+        By default that of 0.001, 0.01, 0.1 and 1 which predicts held-out cells best.
+    n_latent
+        For "scanvi": dimensions of the latent space, 10 by default.
+    max_epochs
+        For "scanvi": passes over the cells without labels, by default as many as 5,000 gradient steps take, but from 10
+        to 400; a tenth as many with labels follow.
     threshold
         Cells are "unassigned" where the confidence is lower, in [0, 1].
     majority_voting
@@ -117,8 +134,8 @@ def annotate(
     n_folds
         Into so many parts labelled cells are dealt, each to be held out once. For "celltypist".
     random_state, rng
-        Seed of the folds, or of the starts of the fit to the markers: an integer, a numpy generator or a JAX key; give
-        one of the two. Default 0.
+        Seed of folds and training, or of the starts of the fit to the markers: an integer, a numpy generator or a JAX
+        key; give one of the two. Default 0.
     key_added
         Name of the results.
     copy
@@ -136,13 +153,18 @@ def annotate(
     `adata.obsm["annotation_probabilities" | f"{key_added}_probabilities"]` : DataFrame of float32 (cells, types)
         Calibrated probabilities, one column for each type; "/" in its name is written "|", for files cannot hold it.
         For "cellassign" posteriors, with a last column "unassigned" where cells may be of no type.
+    `adata.obsm["X_scanvi" | f"X_{key_added}"]` : float32 (cells, n_latent), with ``mode="scanvi"``
+        Means of the approximate posterior of the latent vectors, which labels have drawn apart by type.
     `adata.uns["annotation" | key_added]` : dict
         `params`; the `names` of the types; the `penalty` and `temperature` used; `accuracy` and `calibration_error`
         (expected, over 15 bins) of labelled cells held out; the shares `unlike` (of 2 % expected) and
         `unassigned` of the annotated cells. For "cellassign" `params`, `names` and `unassigned`; the `log_folds`, a
         DataFrame (genes, types) with natural logarithms of the folds of the markers used, 0 elsewhere; the
         `proportions` of the types, in the order of its columns; the `log_likelihood` of the cells; whether the fit
-        `converged`; and, with a reference, `unlike`.
+        `converged`; and, with a reference, `unlike`. For "scanvi" no `penalty`, but the `history`: of each epoch with
+        labels the negative `bound` in nats per cell and the `classification` loss, and of those before, with "vae_" in
+        front, what :func:`scdiffx.pp.vae` keeps. Below 20 labelled cells that can be held out, the temperature is 1, no
+        cell is unlike, and accuracy and calibration error are NaN.
 
     Raises
     ------
@@ -150,14 +172,16 @@ def annotate(
         If a column or layer does not exist.
     ValueError
         If there are fewer than two types, no cell to annotate, no gene in common, or a setting is not usable or has no
-        meaning in this mode; if no marker of a type is there, or two types have the same.
+        meaning in this mode; if no marker of a type is there, or two types have the same; or, for "cellassign" and
+        "scanvi", if values are negative.
 
     Warns
     -----
     UserWarning
-        If the values look like counts, or for "cellassign" do not; if the reference is normalised to other totals or
-        shares few genes; if markers are missing; or if many more cells than the expected 2 % are unlike those of their
-        type, as where the reference lacks a type or another batch looks different.
+        If the values look like counts, or, for "cellassign" and "scanvi", do not; if markers are missing; if there are
+        too few labels to calibrate probabilities; if the reference is normalised to other totals or shares few genes;
+        or if many more cells than the expected 2 % are unlike those of their type, as where the reference lacks a type
+        or another batch looks different.
 
     Notes
     -----
@@ -171,19 +195,26 @@ def annotate(
     for without a bound the priors have no maximum. With a reference, cells are unlike where their counts are less
     likely than those of 98 % of the reference's cells of like depth.
 
-    In a plan, weights, bias and temperature, or baseline, log folds, dispersion and proportions, are learnable and
-    start at the fit; derivatives reach the expression.
+    "scanvi" knows a cell that is unlike the labelled ones by its distance from them in the latent space alone, where
+    few labels say little of what is alike and a type without labels can lie among the others: do not rely on it to find
+    unseen types.
+
+    In a plan, weights, bias and temperature ("celltypist"), baseline, log folds, dispersion and proportions
+    ("cellassign"), or the networks ("scanvi") are learnable and start at the fit; derivatives reach the expression.
 
     References
     ----------
     Dominguez Conde et al. (2022), Cross-tissue immune cell analysis reveals tissue-specific features in humans. Guo et
     al. (2017), On calibration of modern neural networks. Zhang et al. (2019), Probabilistic cell-type assignment of
-    single-cell RNA-seq for tumor microenvironment profiling.
+    single-cell RNA-seq for tumor microenvironment profiling. Xu et al. (2021), Probabilistic harmonization and
+    annotation of single-cell transcriptomics data with deep generative models. Kingma et al. (2014), Semi-supervised
+    learning with deep generative models.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")
     own = {"labels_key": labels_key, "markers": markers, "batch_key": batch_key, "size_factors": size_factors}
-    _refuse(mode, own | {"penalty": penalty, "n_folds": n_folds if n_folds != _FOLDS else None})
+    own |= {"penalty": penalty, "n_folds": n_folds if n_folds != _FOLDS else None}
+    _refuse(mode, own | {"n_latent": n_latent, "max_epochs": max_epochs})
     check_fit(penalty, n_folds)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
@@ -197,15 +228,19 @@ def annotate(
         "threshold": float(threshold),
         "majority_voting": majority_voting,
         **({} if over_clustering is None else {"over_clustering": over_clustering}),
-        **({"n_folds": n_folds} if mode == "celltypist" else {}),
+        **({"n_folds": n_folds} if mode in _ONLY["n_folds"] else {}),
         "random_state": seed,
     }
     shared: dict[str, Any] = {"reference": reference, "layer": layer, "clusters": clusters, "key_added": key_added}
     shared |= {"threshold": float(threshold), "seed": seed, "params": params}
+    labelled: dict[str, Any] = {"labels_key": labels_key, "n_folds": n_folds}
     if mode == "cellassign":
         step = marker_step(adata, markers=markers, batch_key=batch_key, size_factors=size_factors, **shared)
+    elif mode == "scanvi":
+        settings = {"batch_key": batch_key, "n_latent": n_latent, "max_epochs": max_epochs}
+        step = scanvi_step(adata, **settings, **labelled, **shared)
     else:
-        step = _celltypist_step(adata, labels_key=labels_key, penalty=penalty, n_folds=n_folds, **shared)
+        step = _celltypist_step(adata, penalty=penalty, **labelled, **shared)
     return apply(adata, step, copy=copy)
 
 

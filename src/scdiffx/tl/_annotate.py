@@ -237,7 +237,7 @@ def annotate(
     if mode == "cellassign":
         step = marker_step(adata, markers=markers, batch_key=batch_key, size_factors=size_factors, **shared)
     elif mode == "scanvi":
-        settings = {"batch_key": batch_key, "n_latent": n_latent, "max_epochs": max_epochs}
+        settings: dict[str, Any] = {"batch_key": batch_key, "n_latent": n_latent, "max_epochs": max_epochs}
         step = scanvi_step(adata, **settings, **labelled, **shared)
     else:
         step = _celltypist_step(adata, penalty=penalty, **labelled, **shared)

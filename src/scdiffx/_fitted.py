@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,18 @@ class Fitted:
 
         Such an `init` does nothing, so what it would have estimated beside the networks is put in place as well.
         """
-        changes: dict[str, Any] = {}
+        trained: dict[str, Any] = {}
         for f in fields_of_kind(op, "learnable"):
-            start = f"{name}.{f.name}['"
-            net = {key[len(start) : -2]: jnp.asarray(v) for key, v in self.params.items() if key.startswith(start)}
-            if net and getattr(op, f.name) is None:
-                changes[f.name] = net
-        if changes:
-            for stored, kind in ((self.params, "learnable"), (self.buffers, "buffer")):
-                for f in fields_of_kind(op, kind):
-                    value = _completed(stored, f"{name}.{f.name}", getattr(op, f.name))
-                    changes |= {} if value is None or f.name in changes else {f.name: value}
-        return replace(op, **changes)
+            found = _completed(self.params, f"{name}.{f.name}", getattr(op, f.name))
+            trained |= {f.name: found} if isinstance(found, dict) and getattr(op, f.name) is None else {}
+        if not trained:
+            return op
+        rest: dict[str, Any] = {}
+        for stored, kind in ((self.params, "learnable"), (self.buffers, "buffer")):
+            for f in fields_of_kind(op, kind):
+                found = _completed(stored, f"{name}.{f.name}", getattr(op, f.name))
+                rest |= {} if found is None else {f.name: found}
+        return replace(op, **rest | trained)
 
     def _filled(self, name: str, op: Any) -> Any:
         """The operator with the fitted parameters and the statistics of the fit."""
@@ -151,13 +151,18 @@ class Fitted:
 
 
 def _completed(stored: dict[str, np.ndarray], key: str, value: Any) -> Any:
-    """What was stored in place of None: an array, or parts of a named tuple."""
+    """The value with what was stored in place of None: an array, a network, or parts of a tuple or an operator."""
     if value is None:
-        return jnp.asarray(stored[key]) if key in stored else None
-    if not hasattr(value, "_fields"):
-        return value
-    parts = {part: _completed(stored, f"{key}.{part}", getattr(value, part)) for part in value._fields}
-    return value._replace(**parts)
+        if key in stored:
+            return jnp.asarray(stored[key])
+        start = f"{key}['"
+        return {k[len(start) : -2]: jnp.asarray(v) for k, v in stored.items() if k.startswith(start)} or None
+    if hasattr(value, "_fields"):
+        return value._replace(**{f: _completed(stored, f"{key}.{f}", getattr(value, f)) for f in value._fields})
+    if is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for kind in ("learnable", "buffer") for f in fields_of_kind(value, kind)]
+        return replace(value, **{f: _completed(stored, f"{key}.{f}", getattr(value, f)) for f in fields})
+    return value
 
 
 def _like(saved: np.ndarray, old: Any, key: str) -> Any:

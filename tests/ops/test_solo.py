@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from sklearn.metrics import roc_auc_score
 
+import scdiffx as sd
 from helpers import called, pbmc_counts
 from scdiffx import ops
 from scdiffx.ops._solo import simulated
@@ -87,3 +90,16 @@ def test_networks_are_needed_first(trained: tuple[ops.Solo, ops.Counts, np.ndarr
     assert op.init(x) is op
     with pytest.raises(ValueError, match="init"):
         ops.Solo()(x)
+
+
+@pytest.mark.slow
+def test_a_fitted_plan_is_applied_with_its_autoencoder(tmp_path: Path) -> None:
+    raw = pbmc_counts(200, 100)
+    raw.obs["depth"] = np.asarray(raw.X.sum(1)).ravel()
+    plan = sd.plan(raw)
+    sd.pp.solo(plan, max_epochs=2, progress=False)
+    fitted = sd.fit(plan, sd.losses.correlation("solo_score", "depth"), n_steps=2, progress=False)
+    fitted.save(tmp_path / "fit")
+    found = fitted.apply(raw, copy=True).obs["solo_score"]
+    again = sd.Fitted.load(tmp_path / "fit").apply(raw[::2].copy(), copy=True).obs["solo_score"]
+    np.testing.assert_allclose(again, found[::2], rtol=1e-4)

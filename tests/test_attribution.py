@@ -60,6 +60,7 @@ def test_correlations_equal_scipys_in_each_group() -> None:
         np.testing.assert_allclose(table[f"{name}_qval"], stats.false_discovery_control(p), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fates_are_known_by_the_names_of_their_states() -> None:
     adata = logs()
     plan = ordered(adata)
@@ -160,7 +161,8 @@ def test_sensitivity_is_the_pattern_of_the_gradient() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("in_order", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_order", [False, True])
 def test_the_sensitivity_of_a_fate_equals_finite_differences(in_order: bool) -> None:
     adata = logs(60, 30)
     adata.X = adata.X.toarray().astype(np.float64)
@@ -198,6 +200,7 @@ def test_the_sensitivity_of_a_fate_equals_finite_differences(in_order: bool) -> 
     np.testing.assert_allclose(table["all_correlation"], expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_a_later_step_overwrites_does_not_count() -> None:
     adata = logs(60, 40)
     adata.obsm["X_given"] = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)

@@ -139,6 +139,7 @@ def test_saved_fits_give_the_same_numbers_on_old_and_new_cells(fitted, data, tmp
         loaded.apply()
 
 
+@pytest.mark.slow
 def test_a_projection_does_not_depend_on_which_cells_come_along(data):
     plan = sd.plan(data.copy())
     sd.pp.pca(plan, n_comps=5)
@@ -220,6 +221,7 @@ def _blow_up(tree):
     return jax.tree.map(lambda x: x * np.inf, tree)
 
 
+@pytest.mark.slow
 def test_gradient_flow_names_dead_parameters(data):
     plan = make_plan(data)
     flow = sd.metrics.gradient_flow(plan, sd.losses.correlation("dpt_pseudotime", "day"))

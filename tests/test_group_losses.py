@@ -207,6 +207,7 @@ def test_neighbours_for_mixing_are_found_anew_in_a_fit(lines):
     assert fit.losses["train_after"] < fit.losses["train_before"]
 
 
+@pytest.mark.slow
 def test_a_loss_on_memberships_reaches_the_weights_of_the_graph(pbmc68k_reduced):
     plan = sd.plan(pbmc68k_reduced)
     sd.pp.neighbors(plan, n_neighbors=10, use_rep="X_pca")

@@ -118,6 +118,7 @@ def test_dense_counts_give_the_same_integers() -> None:
     assert different.mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_clusters_are_found_where_none_are_given() -> None:
     adata, truth = planted(0.02, 0.3)
     sd.pp.remove_ambient(adata)
@@ -238,6 +239,7 @@ def test_new_cells_find_their_cluster() -> None:
         ops.RemoveAmbient()(x)
 
 
+@pytest.mark.slow
 def test_a_plan_learns_through_it() -> None:
     adata, truth = planted(0.02, 0.3)
     adata.obs["truth"] = truth

@@ -100,6 +100,7 @@ def test_before_training_shares_are_those_of_the_genes(
     assert deviance(called(untrained, x).denoised, target) == pytest.approx(deviance(found, target), rel=0.02)
 
 
+@pytest.mark.slow
 def test_expected_counts_predict_molecules_that_were_not_seen(
     adata: ad.AnnData, x: ops.Counts, trained: ops.Denoise
 ) -> None:
@@ -210,6 +211,7 @@ def test_what_cannot_be_trained_is_refused(x: ops.Counts, trained: ops.Denoise) 
         ops.Denoise().init(jnp.zeros((20, 5)))
 
 
+@pytest.mark.slow
 def test_weights_in_uns_make_the_operator_again(adata: ad.AnnData, x: ops.Counts) -> None:
     written = sd.pp.denoise(adata, max_epochs=1, progress=False, copy=True)
     entry = written.uns["denoise"]

@@ -58,6 +58,7 @@ def test_interferon_genes_are_on_top(result: ad.AnnData) -> None:
     assert set(first["pattern"][:8]) <= {"shift", "both"}
 
 
+@pytest.mark.slow
 def test_permuted_labels_find_nothing(treated: ad.AnnData) -> None:
     adata = treated[:, np.asarray(treated.X.mean(0)).ravel() > 0.1].copy()
     adata.obs["shuffled"] = np.random.default_rng(0).permutation(adata.obs["condition"].astype(str))

@@ -104,6 +104,7 @@ def test_on_a_graph_and_sparse_counts() -> None:
     assert list(adata.uns["few"]["genes"]) == names
 
 
+@pytest.mark.slow
 def test_copies_of_a_cell_have_finite_values_and_derivatives() -> None:
     z = jnp.asarray(np.repeat(np.random.default_rng(0).normal(size=(12, 3)), 10, axis=0), jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).poisson(1.0, size=(120, 2)), jnp.float32)
@@ -169,6 +170,7 @@ def smooth(target) -> None:
     sd.pp.magic(target, layer="linear")
 
 
+@pytest.mark.slow
 def test_held_out_molecules_are_predicted_better_than_by_neighbour_means(split: ad.AnnData) -> None:
     adata = split.copy()
     smooth(adata)

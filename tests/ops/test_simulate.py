@@ -355,6 +355,7 @@ def test_moments_are_those_of_the_counts(small) -> None:
     np.testing.assert_allclose(zeros, (counts == 0).mean(0), atol=0.012)
 
 
+@pytest.mark.slow
 def test_moments_fit_by_gradient(small) -> None:
     op, state, batch = small
     aim = op.moments(jnp.asarray(state), jnp.asarray(batch)).variance

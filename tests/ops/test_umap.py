@@ -188,6 +188,7 @@ def test_the_loss_and_its_derivatives(pbmc: ad.AnnData) -> None:
         np.testing.assert_allclose(numeric, tree_vdot(slopes[place][0], move), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_neighbourhoods_are_kept(pbmc: ad.AnnData) -> None:
     z = pbmc.obsm["X_pca"]
     found = [sd.tl.umap(pbmc, random_state=seed, copy=True).obsm["X_umap"] for seed in (0, 0, 1)]

@@ -162,9 +162,9 @@ def annotate(
         DataFrame (genes, types) with natural logarithms of the folds of the markers used, 0 elsewhere; the
         `proportions` of the types, in the order of its columns; the `log_likelihood` of the cells; whether the fit
         `converged`; and, with a reference, `unlike`. For "scanvi" no `penalty`, but the `history`: of each epoch with
-        labels the negative `bound` in nats per cell and the `classification` loss, and of those before, with ``vae_`` in
-        front, what :func:`scdiffx.pp.vae` keeps. Below 20 labelled cells that can be held out, the temperature is 1, no
-        cell is unlike, and accuracy and calibration error are NaN.
+        labels the negative `bound` in nats per cell and the `classification` loss, and of those before, with ``vae_``
+        in front, what :func:`scdiffx.pp.vae` keeps. Below 20 labelled cells that can be held out, the temperature is 1,
+        no cell is unlike, and accuracy and calibration error are NaN.
 
     Raises
     ------

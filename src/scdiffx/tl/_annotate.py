@@ -11,16 +11,18 @@ import numpy as np
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
-from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Slot, Uns, X, available, matrix_of
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._slots import Connectivities, Labels, Obs, Slot, Uns, X, available, matrix_of
+from scdiffx._steps import Plan, Step, apply, public
 from scdiffx.tl._annotate_markers import marker_step
 from scdiffx.tl._annotate_scanvi import scanvi_step
 from scdiffx.tl._annotation_model import (
-    UNASSIGNED,
+    SUSPICIOUS,
     AnnotationModel,
     check_fit,
-    labels_of,
+    known_labels,
+    named_types,
     reference_model,
+    type_writes,
     warn_if_counts,
 )
 
@@ -43,8 +45,6 @@ _ONLY = {
 _FOLDS = 3
 # CellTypist's resolutions of clusters for the vote: for up to so many cells.
 _RESOLUTIONS = ((5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20), (200_000, 25))
-# A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
-_SUSPICIOUS = 3
 
 
 @public
@@ -268,32 +268,17 @@ def _celltypist_step(
     data = adata.adata if isinstance(adata, Plan) else adata
     op = ops.LogisticAnnotation(penalty=penalty, n_folds=n_folds, threshold=threshold)
     if reference is None:
-        names, codes = labels_of(data, labels_key, "adata")
-        if (codes >= 0).all():
-            raise ValueError(
-                f"every cell has a label in labels_key={labels_key!r}: pass `reference=`, or set the labels of the "
-                "cells to annotate to NaN"
-            )
-        labels = Labels(codes)
+        names, labels = known_labels(data, labels_key)
     else:
         op, names = reference_model(op, reference, labels_key, layer, adata, seed)
         labels = None
     if not isinstance(adata, Plan):
         warn_if_counts(matrix_of(data, layer), "adata")
-    columns = tuple(name.replace("/", "|") for name in names)
     return Step(
         "annotate",
         op,
         reads=(X(layer), labels, clusters),
-        writes=(
-            Write(Obs(key_added), lambda op, result: result.types),
-            Write(Obs(f"{key_added}_confidence"), lambda op, result: result.confidence, np.float32),
-            Write(
-                Obsm(f"{key_added}_probabilities", columns, frame=True),
-                lambda op, result: result.probabilities,
-                np.float32,
-            ),
-        ),
+        writes=type_writes(key_added, names),
         message="annotating cells",
         notes=_notes(key_added, names, params),
         rng=seed,
@@ -321,14 +306,12 @@ def _clusters(adata: AnnData | Plan, over_clustering: str | None, neighbors_key:
 
 def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
     def notes(op: ops.LogisticAnnotation, result: ops.LogisticAnnotationResult, args: Any) -> Mapping[Slot, Any]:
-        import pandas as pd
-
         assert op.standards is not None
         types = np.asarray(result.types)
         query = np.ones(len(types), bool) if args[1] is None else np.asarray(args[1]) < 0
         unlike = float((np.asarray(result.distance)[query] > 1).mean())
         expected = 1 - ops.LogisticAnnotation.INSIDE
-        if unlike > _SUSPICIOUS * expected:
+        if unlike > SUSPICIOUS * expected:
             warn(
                 f"{unlike:.0%} of the cells are unlike the labelled cells of their type, where {expected:.0%} are "
                 "expected: the reference may lack a type, or be of another batch or normalisation"
@@ -343,7 +326,6 @@ def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
             "unlike": unlike,
             "unassigned": float((types[query] < 0).mean()),
         }
-        codes = np.where(types < 0, len(names), types)
-        return {Obs(key): pd.Categorical.from_codes(codes, [*names, UNASSIGNED]), Uns(key): entry}
+        return {Obs(key): named_types(types, names), Uns(key): entry}
 
     return notes

@@ -15,7 +15,6 @@ from scdiffx._core.fields import replace
 from scdiffx._log import warn
 from scdiffx._slots import (
     Obs,
-    Obsm,
     Single,
     Slot,
     Uns,
@@ -27,8 +26,8 @@ from scdiffx._slots import (
     matrix_of,
     warn_if_not_counts,
 )
-from scdiffx._steps import Plan, Step, Write
-from scdiffx.tl._annotation_model import UNASSIGNED, matched
+from scdiffx._steps import Plan, Step
+from scdiffx.tl._annotation_model import SUSPICIOUS, UNASSIGNED, file_names, matched, named_types, type_writes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["marker_step"]
 
 _WHAT = "annotate(mode='cellassign')"
-# A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
-_SUSPICIOUS = 3
 _STRAY = 0.05  # share of a query's counts in genes that the reference lacks from which size factors are off
 
 
@@ -85,15 +82,7 @@ def marker_step(
             None if batch_key is None else Obs(batch_key, codes=True),
             clusters,
         ),
-        writes=(
-            Write(Obs(key_added), lambda op, result: result.types),
-            Write(Obs(f"{key_added}_confidence"), lambda op, result: result.confidence, np.float32),
-            Write(
-                Obsm(f"{key_added}_probabilities", tuple(_safe(table)), frame=True),
-                lambda op, result: result.probabilities,
-                np.float32,
-            ),
-        ),
+        writes=type_writes(key_added, table),
         message="annotating cells by their markers",
         notes=_notes(key_added, table, data.var_names, params, mapped=reference is not None),
         rng=seed,
@@ -119,7 +108,7 @@ def _table(markers: Any) -> dict[str, list[str]]:
         raise TypeError(f"markers is a {type(markers).__name__}: pass a dictionary {{type: [genes]}} or a DataFrame")
     if UNASSIGNED in found:
         raise ValueError(f"markers have genes for a type called {UNASSIGNED!r}: give it another name")
-    if len({name.replace("/", "|") for name in found}) < len(found):
+    if len(set(file_names(found))) < len(found):
         raise ValueError("two types of markers differ only by '/' for '|', which files cannot tell apart")
     return found | ({UNASSIGNED: []} if unknown else {})
 
@@ -230,7 +219,7 @@ def _folds(table: dict[str, list[str]], op: ops.MarkerAnnotation, genes: Any) ->
     import pandas as pd
 
     named = sorted({gene for own in table.values() for gene in own}, key=list(genes).index)
-    frame = pd.DataFrame(0.0, index=named, columns=_safe(table))
+    frame = pd.DataFrame(0.0, index=named, columns=file_names(table))
     left = iter(np.asarray(op.log_folds, np.float64))
     for name, own in zip(frame, table.values(), strict=True):
         for gene in own:
@@ -238,16 +227,10 @@ def _folds(table: dict[str, list[str]], op: ops.MarkerAnnotation, genes: Any) ->
     return frame
 
 
-def _safe(names: Any) -> list[str]:
-    return [name.replace("/", "|") for name in names]
-
-
 def _notes(key: str, table: dict[str, list[str]], genes: Any, params: dict[str, Any], mapped: bool) -> Any:
     names = [name for name, own in table.items() if own]
 
     def notes(op: ops.MarkerAnnotation, result: ops.MarkerAnnotationResult, args: Any) -> Mapping[Slot, Any]:
-        import pandas as pd
-
         assert op.fit is not None and op.log_folds is not None and op.proportions is not None
         types = np.asarray(result.types)
         entry = {
@@ -262,12 +245,11 @@ def _notes(key: str, table: dict[str, list[str]], genes: Any, params: dict[str, 
         if mapped:
             unlike = entry["unlike"] = float(np.asarray(result.unlike).mean())
             expected = 1 - ops.MarkerAnnotation.INSIDE
-            if unlike > _SUSPICIOUS * expected:
+            if unlike > SUSPICIOUS * expected:
                 warn(
                     f"{unlike:.0%} of the cells have less likely counts than the reference's of their depth, where "
                     f"{expected:.0%} are expected: the reference may lack a type, or be of another batch"
                 )
-        codes = np.where(types < 0, len(names), types)
-        return {Obs(key): pd.Categorical.from_codes(codes, [*names, UNASSIGNED]), Uns(key): entry}
+        return {Obs(key): named_types(types, names), Uns(key): entry}
 
     return notes

@@ -14,7 +14,6 @@ from scdiffx._core.fields import replace
 from scdiffx._core.random import as_key
 from scdiffx._log import settings, warn
 from scdiffx._slots import (
-    Labels,
     Obs,
     Obsm,
     Slot,
@@ -28,15 +27,12 @@ from scdiffx._slots import (
     warn_if_not_counts,
 )
 from scdiffx._steps import Plan, Step, Write
-from scdiffx.tl._annotation_model import UNASSIGNED, labels_of, matched
+from scdiffx.tl._annotation_model import SUSPICIOUS, known_labels, labels_of, matched, named_types, type_writes
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["scanvi_step"]
-
-_EXPECTED = 0.02
-_SUSPICIOUS = 3
 
 
 def scanvi_step(
@@ -70,13 +66,7 @@ def scanvi_step(
     )
     labels = None
     if reference is None:
-        names, codes = labels_of(data, labels_key, "adata")
-        if (codes >= 0).all():
-            raise ValueError(
-                f"every cell has a label in labels_key={labels_key!r}: pass `reference=`, or set the labels of the "
-                "cells to annotate to NaN"
-            )
-        labels = Labels(codes)
+        names, labels = known_labels(data, labels_key)
     elif isinstance(adata, Plan):
         raise ValueError(
             "mode='scanvi' takes no `reference` in a plan: its networks are trained on both together, so join the "
@@ -88,19 +78,12 @@ def scanvi_step(
         op, names = _joint(op, data, reference, labels_key, layer, batch_key, seed)
     params = params | {"n_latent": n_latent} | ({} if batch_key is None else {"batch_key": batch_key})
     latent = "X_scanvi" if key_added == "annotation" else f"X_{key_added}"
-    columns = tuple(name.replace("/", "|") for name in names)
     return Step(
         "annotate",
         op,
         reads=(X(layer, counts=True), None if batch_key is None else Obs(batch_key, codes=True), labels, clusters),
         writes=(
-            Write(Obs(key_added), lambda op, result: result.types),
-            Write(Obs(f"{key_added}_confidence"), lambda op, result: result.confidence, np.float32),
-            Write(
-                Obsm(f"{key_added}_probabilities", columns, frame=True),
-                lambda op, result: result.probabilities,
-                np.float32,
-            ),
+            *type_writes(key_added, names),
             Write(Obsm(latent), lambda op, result: result.latent, np.float32),
         ),
         message=f"training a semi-supervised autoencoder\n    with n_latent={n_latent}",
@@ -155,14 +138,13 @@ def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
     def notes(
         op: ops.SemiSupervisedVAE, result: ops.SemiSupervisedVAEResult, args: tuple[Any, ...]
     ) -> Mapping[Slot, Any]:
-        import pandas as pd
-
         types = np.asarray(result.types)
         query = np.ones(len(types), bool) if args[2] is None else np.asarray(args[2]) < 0
         unlike = float((np.asarray(result.distance)[query] > 1).mean())
-        if unlike > _SUSPICIOUS * _EXPECTED:
+        expected = 1 - ops.LogisticAnnotation.INSIDE
+        if unlike > SUSPICIOUS * expected:
             warn(
-                f"{unlike:.0%} of the cells are unlike the labelled cells of their type, where {_EXPECTED:.0%} are "
+                f"{unlike:.0%} of the cells are unlike the labelled cells of their type, where {expected:.0%} are "
                 "expected: the labels may lack a type, or the cells be of another batch"
             )
         entry: dict[str, Any] = {
@@ -176,7 +158,6 @@ def _notes(key: str, names: list[str], params: dict[str, Any]) -> Any:
         }
         if op.history is not None:
             entry["history"] = {name: np.asarray(values, np.float64) for name, values in op.history.items()}
-        codes = np.where(types < 0, len(names), types)
-        return {Obs(key): pd.Categorical.from_codes(codes, [*names, UNASSIGNED]), Uns(key): entry}
+        return {Obs(key): named_types(types, names), Uns(key): entry}
 
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,30 @@ from scdiffx import ops
 from scdiffx._core.fields import replace
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
-from scdiffx._slots import available, check_finite, is_anndata, matrix_of
-from scdiffx._steps import Plan
+from scdiffx._slots import Labels, Obs, Obsm, available, check_finite, is_anndata, matrix_of
+from scdiffx._steps import Plan, Write
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["UNASSIGNED", "AnnotationModel", "annotation_model", "labels_of", "reference_model", "warn_if_counts"]
+__all__ = [
+    "SUSPICIOUS",
+    "UNASSIGNED",
+    "AnnotationModel",
+    "annotation_model",
+    "file_names",
+    "known_labels",
+    "labels_of",
+    "named_types",
+    "reference_model",
+    "type_writes",
+    "warn_if_counts",
+]
 
 FORMAT = 1
 UNASSIGNED = "unassigned"
+# A share of unlike cells so many times the expected one is not by chance: another batch or an unseen type.
+SUSPICIOUS = 3
 _FILES = ("annotation.json", "arrays.npz")
 _FEW = 0.5  # share of the model's genes below which their absence is reported
 _ALIKE = 1.5  # ratio of mean totals up to which normalisations count as the same
@@ -246,12 +261,48 @@ def labels_of(data: AnnData, labels_key: str | None, what: str) -> tuple[list[st
         raise ValueError(f"labels_key={labels_key!r} names {len(names)} types in `{what}.obs`; at least two are needed")
     if UNASSIGNED in names:
         raise ValueError(f"labels_key={labels_key!r} has the type {UNASSIGNED!r}: set the label of such cells to NaN")
-    if len({name.replace("/", "|") for name in names}) < len(names):
+    if len(set(file_names(names))) < len(names):
         raise ValueError(
             f"labels_key={labels_key!r}: two types differ only by '/' for '|', which files cannot tell apart"
         )
     number = {name: i for i, name in enumerate(names)}
     return names, np.array([-1 if gone else number[t] for t, gone in zip(text, missing, strict=True)], np.int32)
+
+
+def known_labels(data: AnnData, labels_key: str | None) -> tuple[list[str], Labels]:
+    """As :func:`labels_of`, of cells that are annotated from each other: some must be without a label."""
+    names, codes = labels_of(data, labels_key, "adata")
+    if (codes >= 0).all():
+        raise ValueError(
+            f"every cell has a label in labels_key={labels_key!r}: pass `reference=`, or set the labels of the cells "
+            "to annotate to NaN"
+        )
+    return names, Labels(codes)
+
+
+def file_names(names: Iterable[str]) -> list[str]:
+    """The names as files can hold them."""
+    return [name.replace("/", "|") for name in names]
+
+
+def type_writes(key: str, names: Iterable[str]) -> tuple[Write, ...]:
+    """What every mode writes of its result: types, confidence, and probabilities in the order of the names."""
+    return (
+        Write(Obs(key), lambda op, result: result.types),
+        Write(Obs(f"{key}_confidence"), lambda op, result: result.confidence, np.float32),
+        Write(
+            Obsm(f"{key}_probabilities", tuple(file_names(names)), frame=True),
+            lambda op, result: result.probabilities,
+            np.float32,
+        ),
+    )
+
+
+def named_types(types: np.ndarray, names: list[str]) -> Any:
+    """The types as categories, of which the last is that of unassigned cells (-1)."""
+    import pandas as pd
+
+    return pd.Categorical.from_codes(np.where(types < 0, len(names), types), [*names, UNASSIGNED])
 
 
 def matched(mine: list[str], theirs: list[str], what: str, quiet: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float
 from scipy.special import gammaln
 
 from scdiffx._core import counts as C
+from scdiffx._core.random import as_seed
 from scdiffx.ops._highly_variable import HighlyVariable
 from scdiffx.ops._leiden import Leiden
 from scdiffx.ops._neighbors import Neighbors
@@ -219,4 +219,4 @@ def prior_strength(deviation: np.ndarray, variance: Any, level: np.ndarray) -> f
 
 def seed_of(key: Array | None) -> int:
     """The integer in a key; 0 without one."""
-    return 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+    return 0 if key is None else as_seed(key)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, widest
+from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 from scdiffx.ops._denoise_net import HEADS, Net, Tokens, hidden, initial, log_shares
 
@@ -86,7 +87,7 @@ class Denoise:
         self._check()
         if x.shape[0] < _MIN_CELLS:
             raise ValueError(f"training needs at least {_MIN_CELLS} cells, got {x.shape[0]}")
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         csr = host_csr(x)
         if not csr.nnz:
             raise ValueError("training needs molecules, but all counts are 0")

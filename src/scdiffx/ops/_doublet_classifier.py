@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, operator, replace, static
 from scdiffx._core.knn import nearest
+from scdiffx._core.random import as_seed
 from scdiffx.ops._co_expression import co_expressed, co_expression
 from scdiffx.ops._normalize import Log1p, NormalizeTotal
 from scdiffx.ops._pca import PCA
@@ -120,7 +121,7 @@ class DoubletClassifier:
             raise ValueError("there is one cell: doublets are sums of two")
         if doublets < 1:
             raise ValueError(f"doublet_ratio={self.doublet_ratio} of {n} cells is no doublet at all")
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         reference = _reference(x, self.n_comps) if self.reference is None else self.reference
         simulation = _simulated(x, reference, doublets, np.random.default_rng(seed))
         op = replace(self, reference=reference, simulation=simulation)

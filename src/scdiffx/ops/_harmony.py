@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scdiffx._core.fields import buffer, learnable, learnables, operator, replace, static
+from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx.ops._harmony_start import directions, levels
 
@@ -133,7 +134,7 @@ class Harmony:
         nclust = max(most, 1) if self.nclust is None else self.nclust
         if not 1 <= nclust <= n:
             raise ValueError(f"nclust={nclust} must be at least 1 and at most {n}, the cells")
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         rng = np.random.default_rng(seed)
         level, members, column = levels(batches)
         with one_blas_thread():

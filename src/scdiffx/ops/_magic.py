@@ -14,6 +14,7 @@ from scdiffx._core.counts import Counts, Matrix, map_rows
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, flip, squared_distances
 from scdiffx._core.knn import nearest
+from scdiffx._core.random import as_seed
 
 __all__ = ["Magic", "MagicResult"]
 
@@ -64,7 +65,7 @@ class Magic:
             scale, most = self.knn
             if not 1 <= scale <= most < x.shape[0]:
                 raise ValueError(f"knn={self.knn} must rise from at least 1 to less than {x.shape[0]}, the cells")
-            seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+            seed = 0 if key is None else as_seed(key)
             indices, _ = nearest(np.asarray(neighbourhood), most + 1, seed=seed)
             pattern = Pattern.from_neighbors(indices[:, 1:], like=self.pattern)
             op = replace(op, pattern=Pattern(*(jnp.asarray(a) for a in pattern)))

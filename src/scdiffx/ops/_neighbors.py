@@ -14,6 +14,7 @@ from scdiffx._core.counts import Counts, Matrix, map_rows
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, columns_to_slots, flip, rows_to_slots, squared_distances
 from scdiffx._core.knn import nearest
+from scdiffx._core.random import as_seed
 
 __all__ = ["DIFFERENTIABLE_METRICS", "KERNELS", "Neighbors", "NeighborsResult"]
 
@@ -59,7 +60,7 @@ class Neighbors:
         if self.search is not None:
             indices, distances = self.search(np.asarray(z))
         else:
-            seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+            seed = 0 if key is None else as_seed(key)
             indices, distances = nearest(np.asarray(z), self.n_neighbors, metric=self.metric, seed=seed)
         pattern = Pattern.from_neighbors(indices[:, 1:], like=self.pattern)
         # Distances of a metric without a derivative here are data: kept as the search measured them.

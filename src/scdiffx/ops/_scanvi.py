@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.minibatch import host_csr
+from scdiffx._core.random import as_seed
 from scdiffx.ops._logistic_annotation import decided
 from scdiffx.ops._scanvi_fit import Cells, SemiSupervisedTraining, Surroundings, trained
 from scdiffx.ops._scanvi_net import bound, classify, entropy
@@ -81,7 +82,7 @@ class SemiSupervisedVAE:
         sizes = np.bincount(codes[codes >= 0])
         if len(sizes) < 2 or (sizes == 0).any():
             raise ValueError(f"labels must have two or more types, numbered from 0 without gaps; their cells: {sizes}")
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         # As for the autoencoder: training is in float32 whatever the precision of the input.
         with jax.enable_x64(False):
             csr = host_csr(x if self.genes is None else C.take_columns(x, self.genes))

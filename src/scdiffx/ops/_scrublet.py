@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, operator, replace, static
 from scdiffx._core.knn import nearest
+from scdiffx._core.random import as_seed
 from scdiffx.ops._highly_variable import HighlyVariable
 from scdiffx.ops._normalize import Log1p, NormalizeTotal
 from scdiffx.ops._pca import PCA
@@ -66,7 +67,7 @@ class Scrublet:
         doublets = int(n * self.doublet_ratio)
         if doublets < 1:
             raise ValueError(f"doublet_ratio={self.doublet_ratio} of {n} cells is no doublet at all")
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         parents = np.random.default_rng(seed).integers(0, n, (doublets, 2))
         op = replace(self, parents=jnp.asarray(parents, jnp.int32))
         if op.projection is None:

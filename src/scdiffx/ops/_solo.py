@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.minibatch import host_csr
+from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 from scdiffx.ops._vae import VAE
 
@@ -62,7 +63,7 @@ class Solo:
     def init(self, x: C.Matrix, batch: Array | None = None, key: Array | None = None) -> Solo:
         if self.net is not None:
             return self
-        seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+        seed = 0 if key is None else as_seed(key)
         # As for the autoencoder: training is in float32 whatever the precision of the input.
         with jax.enable_x64(False):
             csr = host_csr(x)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, widest
+from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 
 __all__ = ["DISPERSIONS", "LIKELIHOODS", "VAE", "Training", "VAEResult"]
@@ -98,7 +99,7 @@ class VAE:
         codes = np.zeros(x.shape[0], np.int32) if batch is None else np.asarray(batch, np.int32)
         # Training is in float32 whatever the precision of the input: its noise is that of minibatches.
         with jax.enable_x64(False):
-            seed = 0 if key is None else int(np.asarray(jax.random.key_data(key)).ravel()[-1])
+            seed = 0 if key is None else as_seed(key)
             net, history = _trained(self, host_csr(x), codes, seed)
         net, history = (jax.tree.map(lambda a: jnp.asarray(a, x.dtype), tree) for tree in (net, history))
         return replace(self, net=net, history=history)

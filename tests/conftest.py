@@ -23,6 +23,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     threadpool_limits(1, user_api="blas")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Quick tests compile many programs and run each a few times on little data: let XLA optimise none of them."""
+    if config.option.markexpr == "not slow":
+        # Read when JAX first looks for devices, in workers as here.
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_backend_optimization_level" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
+
 def _read(name: str) -> ad.AnnData:
     path = DATA / name / f"{name}.h5ad"
     if not path.exists():

@@ -107,3 +107,13 @@ def test_equal_variances_have_finite_derivatives() -> None:
 def test_impossible_sizes(matrix: np.ndarray, n_comps: int) -> None:
     with pytest.raises(ValueError, match=f"n_comps={n_comps}"):
         ops.PCA(n_comps=n_comps, anchored=False)(jnp.asarray(matrix))
+
+
+def test_components_of_the_same_shape_are_compiled_once(caplog: pytest.LogCaptureFixture) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 12)))
+    ops.PCA(n_comps=2).init(x)
+    with jax.log_compiles():
+        ops.PCA(n_comps=2).init(x + 1)
+        ops.PCA(n_comps=3).init(x)
+    programs = [record.message.split()[1] for record in caplog.records if record.message.startswith("Compiling")]
+    assert sum("_fitted" in name for name in programs) == 1

@@ -125,11 +125,11 @@ class DoubletClassifier:
         reference = _reference(x, self.n_comps) if self.reference is None else self.reference
         simulation = _simulated(x, reference, doublets, np.random.default_rng(seed))
         op = replace(self, reference=reference, simulation=simulation)
-        z = np.asarray(jax.jit(op._coordinates)(x)[0])
+        z = np.asarray(_coordinates(op, x)[0])
         most = n_voters(n, doublets, self.n_neighbors) + 1
         candidates = min(most if self.temperature == 0 else 2 * most, len(z))
         simulation = simulation._replace(indices=jnp.asarray(nearest(z, candidates, seed=seed)[0], jnp.int32))
-        features = jax.jit(op._features)(simulation, x)[0]
+        features = _features(op, simulation, x)[0]
         for _ in range(_ROUNDS - 1):
             odds = np.asarray(_log_odds(features, _solved(features, simulation.singlet, self.penalty)))[:n]
             left_out = np.argsort(-odds, kind="stable")[: min(round(self.rate * n), n - 1)]
@@ -371,6 +371,16 @@ def _solved(features: Array, singlet: Array, penalty: float) -> Float[Array, " f
 
     start = jnp.zeros(features.shape[1] + 1, features.dtype)
     return jax.lax.while_loop(unfinished, step, (start, jnp.asarray(0), jnp.asarray(1, features.dtype)))[0]
+
+
+@jax.jit
+def _coordinates(op: DoubletClassifier, x: C.Matrix) -> tuple[Array, Array]:
+    return op._coordinates(x)
+
+
+@jax.jit
+def _features(op: DoubletClassifier, simulation: Simulation, x: C.Matrix) -> tuple[Array, Array]:
+    return op._features(simulation, x)
 
 
 def fitted(

@@ -21,6 +21,7 @@ _PERCENTILE = 99.5
 _JUMPS = 16
 _SORTED = 32  # genes
 _UNROLL = 4
+_PARTS = 6  # of a block, where only some of its genes are wanted
 
 
 class Cells(NamedTuple):
@@ -54,6 +55,13 @@ class State(NamedTuple):
     t: Float[Array, "cells genes"]
     on: Int[Array, "cells genes"]
     loss: Float[Array, " genes"]
+
+
+class Assigned(NamedTuple):
+    """What rates give for all genes, and the times since the start and since the switch."""
+
+    state: State
+    tau: tuple[Float[Array, "cells genes"], Float[Array, "cells genes"]]
 
 
 class Fitted(NamedTuple):
@@ -208,9 +216,21 @@ def _loss(c: Cells, r: Rates, t: Array, ratio: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="project")
-def _evaluate(c: Cells, r: Rates, ratio: Array, project: bool) -> State:
-    _, _, t, on = _assign(c, r, project)
-    return State(r, t, on, _loss(c, r, t, ratio))
+def _evaluate(c: Cells, r: Rates, ratio: Array, project: bool) -> Assigned:
+    tau, tau_off, t, on = _assign(c, r, project)
+    return Assigned(State(r, t, on, _loss(c, r, t, ratio)), (tau, tau_off))
+
+
+@partial(jax.jit, static_argnames="project")
+def _evaluate_at(genes: Array, into: Assigned, c: Cells, r: Rates, ratio: Array, project: bool) -> Assigned:
+    """Evaluate a few genes, numbers beyond the last stand for none, and write what they give into that of all."""
+
+    def few(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.at[..., genes].get(mode="clip"), tree)
+
+    cells = few(c._replace(mean=None))._replace(mean=c.mean)
+    found = _evaluate(cells, few(r), few(ratio), project)
+    return jax.tree.map(lambda x, y: x.at[..., genes].set(y, mode="drop"), into, found)
 
 
 @partial(jax.jit, static_argnames="names")
@@ -250,11 +270,31 @@ class Fit:
         self.share = 1 / jnp.maximum(cells.weight.sum(0), 1)
         self.project = False
         # What is kept, and the same rates with the times that they are assigned now.
-        self.state = self.present = self.evaluate(rates)
+        self.last = _evaluate(cells, rates, self.ratio, False)
+        self.state = self.present = self.last.state
         self.losses = [self.state.loss]
 
-    def evaluate(self, rates: Rates) -> State:
-        return _evaluate(self.cells, rates, self.ratio, self.project)
+    def evaluate(self, rates: Rates, genes: np.ndarray | None = None) -> State:
+        """What the rates give; given a mask of genes, for these alone, and anything for the others."""
+        if self.project:
+            # Only where degradation is faster than splicing are times projected, and that is what takes long.
+            slow = np.asarray(rates.beta < rates.gamma)
+            for project in (False, True):
+                self._evaluate_some(rates, slow == project, project)
+        elif genes is None:
+            self.last = _evaluate(self.cells, rates, self.ratio, False)
+        else:
+            self._evaluate_some(rates, genes, False)
+        return self.last.state
+
+    def _evaluate_some(self, rates: Rates, genes: np.ndarray, project: bool) -> None:
+        """A part of the block at a time, always of the same width: one program is compiled for all."""
+        width = -(-len(genes) // (_PARTS * 16)) * 16
+        found = np.flatnonzero(genes)
+        for first in range(0, len(found), width):
+            some = found[first : first + width]
+            at = np.pad(some, (0, width - len(some)), constant_values=len(genes))
+            self.last = _evaluate_at(jnp.asarray(at), self.last, self.cells, rates, self.ratio, project)
 
     def update(self, rates: Rates) -> None:
         """Take the rates for the genes where they lower the loss; then end transcription sooner where that fits."""
@@ -267,7 +307,7 @@ class Fit:
         current, new = _where(better, trial, self.present), _where(better, trial, state)
         if adjust:
             switch, sooner = _earlier_switch(state, current)
-            alternative = self.evaluate(current.rates._replace(switch=switch))
+            alternative = self.evaluate(current.rates._replace(switch=switch), np.asarray(sooner))
             takes = _takes(state, current, alternative, sooner)
             current, new = _where(takes, alternative, current), _where(takes, alternative, new)
         self.state, self.present = new, current
@@ -282,9 +322,9 @@ class Fit:
         """One step of Nelder and Mead's simplex in the rates of these names, as in SciPy; then update."""
         rates, t = self.state.rates, self.state.t
 
-        def mse(x: Array) -> Array:
+        def mse(x: Array, genes: np.ndarray | None = None) -> Array:
             at = _replaced(rates, x, names)
-            loss = self.evaluate(at).loss if refit_time else _loss(self.cells, at, t, self.ratio)
+            loss = self.evaluate(at, genes).loss if refit_time else _loss(self.cells, at, t, self.ratio)
             return loss * self.share
 
         best = nelder_mead_step(mse, jnp.stack([getattr(rates, name) for name in names]), tolerance)
@@ -361,17 +401,21 @@ def _better(x: Array, value: Array, other: Array, at_other: Array, where: Array)
     return jnp.where(take, other, x), jnp.where(take, at_other, value)
 
 
-def nelder_mead_step(f: Callable[[Array], Array], x: Float[Array, "n genes"], tolerance: float) -> Array:
-    """The best corner (n, genes) after one step of the simplex around `x`, for all genes at once."""
+def nelder_mead_step(f: Callable[..., Array], x: Float[Array, "n genes"], tolerance: float) -> Array:
+    """The best corner (n, genes) after one step of the simplex around `x`, for all genes at once.
+
+    `f` may leave out genes where its second argument is false.
+    """
     corners = _corners(x)
     simplex, reflected = _sorted(corners, [f(at) for at in corners], tolerance)
     at_reflected = f(reflected)
     second = _second(simplex, at_reflected)
     best, value, shrink = _moved(simplex, reflected, at_reflected, second, f(second))
-    if bool(shrink.any()):
+    few = np.asarray(shrink)
+    if few.any():
         for k in range(1, len(corners)):
             other = _shrunk(simplex, k)
-            best, value = _better(best, value, other, f(other), shrink)
+            best, value = _better(best, value, other, f(other, few), shrink)
     return best
 
 
@@ -390,12 +434,13 @@ def fit_genes(cells: Cells, rates: Rates, upper: Array) -> Fitted:
     fit.project_times()
     fit.simplex(("switch", "alpha", "beta", "gamma"), 1e-2, refit_time=False)
     fit.update(fit.present.rates)
-    return _finished(cells, fit.state, fit.ratio, upper, jnp.stack([*fit.losses, fit.state.loss]))
+    losses = jnp.stack([*fit.losses, fit.state.loss])
+    fit.evaluate(fit.state.rates)
+    return _finished(cells, fit.state, fit.last, fit.ratio, upper, losses)
 
 
 @jax.jit
-def _finished(c: Cells, state: State, ratio: Array, upper: Array, losses: Array) -> Fitted:
-    tau, tau_off, t, _ = _assign(c, state.rates, True)
+def _finished(c: Cells, state: State, last: Assigned, ratio: Array, upper: Array, losses: Array) -> Fitted:
     count = jnp.maximum(upper.sum(0), 1)
 
     def spread(squared: Array, sign: Array) -> Array:
@@ -408,5 +453,5 @@ def _finished(c: Cells, state: State, ratio: Array, upper: Array, losses: Array)
     variance = jnp.where(variance == 0, 1, variance)
     n = jnp.maximum(upper.sum(0) - 0.01 * upper.shape[0], 2)
     loglik = -0.5 / n * jnp.where(upper, squared, 0).sum(0) / variance - 0.5 * jnp.log(2 * jnp.pi * variance)
-    x, y, _ = _residuals(c, state.rates, t, ratio)
-    return Fitted(state.rates, state.t, (tau, tau_off), jnp.exp(loglik), spread(x**2 + y**2, y), losses)
+    x, y, _ = _residuals(c, state.rates, last.state.t, ratio)
+    return Fitted(state.rates, state.t, last.tau, jnp.exp(loglik), spread(x**2 + y**2, y), losses)

@@ -82,10 +82,9 @@ class Magic:
         if value.shape[1] > _GENES_FOR_T:
             chosen = np.sort(np.random.default_rng(0).permutation(value.shape[1])[:_GENES_FOR_T])
             value = value[:, chosen]
-        graph, stay = jax.jit(self._walk)(neighbourhood, value)
-        step = jax.jit(_step)
+        graph, stay = _walk(self, neighbourhood, value)
         for t in range(1, _MAX_T):
-            following = step(graph, stay, value)
+            following = _one_step(graph, stay, value)
             pair = [np.asarray(v, np.float64) for v in (value, following)]
             if any(np.ptp(v, axis=0).max() == 0 for v in pair) or procrustes(*pair)[2] < _CONVERGED:
                 return t + 1
@@ -143,6 +142,14 @@ class Magic:
 
 def _step(graph: Graph, stay: Array, value: Array) -> Array:
     return graph @ value + stay[:, None] * value
+
+
+_one_step = jax.jit(_step)
+
+
+@jax.jit
+def _walk(op: Magic, neighbourhood: Array | Graph, like: Array) -> tuple[Graph, Array]:
+    return op._walk(neighbourhood, like)
 
 
 def _dense(x: Matrix) -> Array:

@@ -82,7 +82,7 @@ class PCA:
         if not self.anchored:
             return op
         x = op._selected(x, weight, None)
-        fitted, mean, _ = jax.jit(op._fit)(x)
+        fitted, mean, _ = _fitted(op, x)
         return replace(
             op,
             mean=mean,
@@ -131,6 +131,11 @@ class PCA:
         if self.columns is not None:
             components = jnp.zeros((n_genes, components.shape[1]), x.dtype).at[self.columns].set(components)
         return PCAResult(scores, components, variance, ratio)
+
+
+@jax.jit
+def _fitted(op: PCA, x: C.Matrix) -> tuple[Any, Array, Array]:
+    return op._fit(x)
 
 
 def _scores(x: C.Matrix, mean: Array, components: Array) -> Array:

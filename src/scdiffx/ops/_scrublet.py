@@ -72,7 +72,7 @@ class Scrublet:
         op = replace(self, parents=jnp.asarray(parents, jnp.int32))
         if op.projection is None:
             op = replace(op, projection=op._fitted(x))
-        z = np.asarray(jax.jit(op._coordinates)(x))
+        z = np.asarray(_coordinates(op, x))
         candidates = op.votes(n) if self.temperature == 0 else min(2 * op.votes(n), len(z))
         return replace(op, indices=jnp.asarray(nearest(z, candidates, seed=seed)[0], jnp.int32))
 
@@ -91,7 +91,7 @@ class Scrublet:
         n_comps = min(self.n_comps, len(genes) - 1, x.shape[0] - 1)
         if n_comps < 1:
             raise ValueError(f"there are {len(genes)} variable genes: too few for principal components")
-        scaled, std, centre = jax.jit(_scaled)(C.take_columns(x, jnp.asarray(genes, jnp.int32)))
+        scaled, std, centre = _scaled(C.take_columns(x, jnp.asarray(genes, jnp.int32)))
         pca = PCA(n_comps=n_comps).init(scaled)
         if pca.components is None or pca.mean is None:
             raise RuntimeError("the projection has no components")
@@ -155,6 +155,12 @@ def soft_votes(distance: Float[Array, " k"], last: int, temperature: float) -> F
     return jax.nn.sigmoid((bound - distance) / width)
 
 
+@jax.jit
+def _coordinates(op: Scrublet, x: C.Matrix) -> Array:
+    return op._coordinates(x)
+
+
+@jax.jit
 def _scaled(x: C.Matrix) -> tuple[C.Matrix, Array, Array]:
     """Normalised counts over their standard deviations; these, and the means in their units."""
     total = C.row_sums(x)

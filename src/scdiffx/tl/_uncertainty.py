@@ -37,7 +37,7 @@ def uncertainty(
 ) -> AnnData | None:
     """Say how far an output of a plan would move if the molecules were counted again.
 
-    The whole plan is run on replicates that keep each molecule with probability 1/2.
+    The whole plan is run on replicates that keep each molecule with probability 1/2, one after another.
 
     Parameters
     ----------

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.sparse.linalg import LinearOperator, svds
 
 from scdiffx._core import counts as C
 from scdiffx._core.minibatch import densify, draw, host_csr, widest
 from scdiffx.ops import _vae
-from scdiffx.ops._pca import PCA
 
 __all__ = ["Cells", "CountsModel", "EmbeddingModel", "Model", "Net", "encode", "uniform"]
 
@@ -129,9 +129,11 @@ class CountsModel:
 
     scale = None
     least = 0.0
-    check_weight = 2.0
+    check_weight = 1.0
 
     def __init__(self, x: C.Matrix, batch: np.ndarray, hidden: int, n_latent: int) -> None:
+        if len(batch) < _vae.MIN_CELLS:
+            raise ValueError(f"training needs at least {_vae.MIN_CELLS} cells, got {len(batch)}")
         self.csr, self.batch = host_csr(x), batch
         self.x = x if isinstance(x, C.Counts) and x.dtype == jnp.float32 else C.Counts.from_scipy(self.csr)
         self.vae = _vae.VAE(n_latent=n_latent, n_hidden=hidden)
@@ -169,8 +171,16 @@ class CountsModel:
         few = self.csr[cells]
         depth = np.asarray(few.sum(1)).ravel()
         logs = few.multiply((few.shape[1] / np.maximum(depth, 1))[:, None]).tocsr().log1p()
-        pca = PCA(n_comps=min(_COMPONENTS, *logs.shape), anchored=False)
-        return np.asarray(jax.jit(lambda x: pca(x).scores)(C.Counts.from_scipy(logs.astype(np.float32))))
+        mean = np.asarray(logs.mean(0)).ravel()
+        centred = LinearOperator(
+            logs.shape,
+            matvec=lambda v: logs @ v - mean @ v,
+            rmatvec=lambda u: logs.T @ u - mean * u.sum(),
+            dtype=np.float32,
+        )
+        start = np.random.default_rng(0).standard_normal(min(logs.shape)).astype(np.float32)
+        left, size, _ = svds(centred, min(_COMPONENTS, min(logs.shape) - 1), v0=start)
+        return np.asarray(left * size, np.float32)
 
 
 @jax.jit

@@ -24,7 +24,7 @@ __all__ = ["DISPERSIONS", "LIKELIHOODS", "VAE", "Training", "VAEResult"]
 LIKELIHOODS = ("nb", "zinb")
 DISPERSIONS = ("gene", "gene-batch")
 Net = dict[str, Any]
-_MIN_CELLS = 10
+MIN_CELLS = 10
 # Minibatches drawn from the sparse matrix together: few enough that a large epoch takes no memory.
 STEPS_AT_ONCE = 64
 _STEPS = 5_000
@@ -94,8 +94,8 @@ class VAE:
             raise ValueError(f"likelihood={self.likelihood!r} is unknown. Available: {list(LIKELIHOODS)}")
         if self.dispersion not in DISPERSIONS:
             raise ValueError(f"dispersion={self.dispersion!r} is unknown. Available: {list(DISPERSIONS)}")
-        if x.shape[0] < _MIN_CELLS:
-            raise ValueError(f"training needs at least {_MIN_CELLS} cells, got {x.shape[0]}")
+        if x.shape[0] < MIN_CELLS:
+            raise ValueError(f"training needs at least {MIN_CELLS} cells, got {x.shape[0]}")
         codes = np.zeros(x.shape[0], np.int32) if batch is None else np.asarray(batch, np.int32)
         # Training is in float32 whatever the precision of the input: its noise is that of minibatches.
         with jax.enable_x64(False):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import anndata as ad
 import jax
 import jax.numpy as jnp
@@ -89,41 +87,36 @@ def test_a_plan_is_saved_with_its_networks_and_meets_new_cells(adata: ad.AnnData
     plan = sd.plan(adata[:80].copy())
     settings = {"basis": None, "n_latent": 3, "n_hidden": 8, "max_steps": 2, "progress": False}
     sd.pp.wgan_integrate(plan, "batch", **settings)
-    fit = sd.fit(plan, sd.losses.batch_mixing("X_wgan", "batch"), n_steps=2, holdout=0, progress=False)
+    fit = sd.fit(plan, sd.losses.batch_mixing("X_wgan", "batch"), n_steps=2, progress=False)
     fit.save(tmp_path / "fit")
     new = adata[80:].copy()
     sd.Fitted.load(tmp_path / "fit").apply(new)
     net = {name.split("'")[1]: value for name, value in fit.params.items()}
+    assert not any(name.startswith("critic") for name in net)
     expected = _vae.encode(net, new.X.toarray().astype(np.float32))[0]
     np.testing.assert_allclose(new.obsm["X_wgan"], expected, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["MMDIntegrate", "WGANIntegrate"])
-def test_seeds_and_refusals(model: CountsModel, name: str) -> None:
-    training = ops.IntegrationTraining(max_steps=4, check_every=2, minibatch=32)
-    make = partial(getattr(ops, name), n_latent=3, n_hidden=8, training=training)
-    first, again, other = (make().init(model.x, model.batch, key=jax.random.key(i)) for i in (0, 0, 1))
-    codes = [op(model.x, model.batch).corrected for op in (first, again, other)]
-    np.testing.assert_array_equal(codes[0], codes[1])
-    assert np.abs(codes[0] - codes[2]).max() > 1e-3
-    assert not any(part.startswith("critic") for part in first.net)
-    with pytest.raises(ValueError, match="init"):
-        make()(model.x, model.batch)
+@pytest.mark.parametrize("make", [ops.MMDIntegrate, ops.WGANIntegrate])
+def test_refusals(model: CountsModel, make) -> None:
+    with pytest.raises(ValueError, match=f"{make.__name__}.*init"):
+        make(n_latent=3)(model.x, model.batch)
     with pytest.raises(ValueError, match="at least 10 cells"):
-        make().init(jnp.ones((4, 5)), jnp.asarray([0, 0, 1, 1]))
+        make(n_latent=3).init(jnp.ones((4, 5)), jnp.asarray([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="two batches"):
+        make(n_latent=3).init(model.x, 0 * model.batch)
 
 
 @pytest.mark.slow
 def test_protocols_mix_and_cell_lines_stay_apart() -> None:
-    adata = _read("mixology_sc")[::2].copy()
+    adata = _read("mixology_sc")[::3].copy()
     adata.layers["counts"] = adata.X.copy()
     sc.pp.normalize_total(adata)
     sc.pp.log1p(adata)
-    sc.pp.highly_variable_genes(adata, n_top_genes=300, batch_key="batch")
+    sc.pp.highly_variable_genes(adata, n_top_genes=200, batch_key="batch")
     adata = adata[:, adata.var["highly_variable"]].copy()
     sc.pp.pca(adata, n_comps=20)
-    sd.pp.mmd_integrate(adata, "batch", basis=None, layer="counts", max_steps=200, progress=False)
+    sd.pp.mmd_integrate(adata, "batch", basis=None, layer="counts", max_steps=150, progress=False)
     batch, line = (adata.obs[key].to_numpy() for key in ("batch", "cell_line_demuxlet"))
 
     def measured(z: np.ndarray) -> tuple[float, float]:

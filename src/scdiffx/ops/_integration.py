@@ -33,7 +33,7 @@ _CHECKED = ("reconstruction", "discrepancy", "mixing", "conservation")
 
 
 class IntegrationResult(NamedTuple):
-    """`corrected`: the embedding without the batches (cells, dims)."""
+    """`corrected`: the embedding, or the code of counts, without the batches (cells, dims)."""
 
     corrected: Float[Array, "cells dims"]
 
@@ -41,9 +41,12 @@ class IntegrationResult(NamedTuple):
 class IntegrationTraining(NamedTuple):
     """How the networks are trained: at most `max_steps` gradient steps of Adam, at a rate that falls along a cosine.
 
-    A step sees `minibatch` cells at most. Every `check_every` steps the clusters are found anew and a fixed sample of
-    4,096 cells is judged by its squared reconstruction error plus ten times its discrepancy; training ends after
-    `patience` checks in which that has not fallen by 1 %, and the weights of the best check are kept.
+    A step sees `minibatch` cells at most. Every `check_every` steps the clusters are found anew and cells are judged by
+    their reconstruction error plus a multiple of the discrepancy. Of an embedding the error is squared, the multiple
+    10, and both are of a fixed sample of 4,096 cells; of counts the error is the negative bound of a tenth of the
+    cells, which is not trained on, and the discrepancy counts in units of what that has fallen by so far. Training ends
+    after `patience` checks in which the sum has not fallen (by 1 %, of an embedding); the weights of the best check are
+    kept.
     """
 
     max_steps: int = 400
@@ -165,8 +168,8 @@ def applied(op: Any, x: C.Matrix, batch: Int[Array, " cells"]) -> IntegrationRes
     net = {part: jnp.asarray(value, x.dtype) for part, value in op.net.items()}
     if op.n_latent is not None:
         return IntegrationResult(C.map_rows(x, lambda block: latent(net, block)[0]))
-    scale = jnp.asarray(op.scale, x.dtype)
-    return IntegrationResult(encode(net, x / scale, batch) * scale)
+    z, scale = jnp.asarray(x), jnp.asarray(op.scale, x.dtype)
+    return IntegrationResult(encode(net, z / scale, batch) * scale)
 
 
 def _trained(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from scipy.sparse.linalg import LinearOperator, svds
 
 from scdiffx._core import counts as C
@@ -24,11 +24,11 @@ _COMPONENTS = 30
 
 
 class Cells(NamedTuple):
-    """Cells of a step: coordinates or counts, batches, soft clusters, and the mean squared distance within these."""
+    """Cells of a step: coordinates or counts, batches, soft clusters (cells, clusters), their mean squared distance."""
 
     x: Any
-    batch: Int[Array | np.ndarray, " cells"]
-    member: Float[Array | np.ndarray, "cells clusters"]
+    batch: Any
+    member: Any
     spread: Any
 
 
@@ -81,13 +81,14 @@ class EmbeddingModel:
 
     least = 0.01
     check_weight = 10.0
-    held = None
+    held: np.ndarray | None = None
 
-    def __init__(self, z: Array, batch: np.ndarray, hidden: int) -> None:
-        z = np.asarray(z, np.float32)
-        self.scale = np.asarray(max(float(z.std()), 1e-12), np.float32)
-        self.x, self.batch, self.hidden = z / self.scale, batch, hidden
-        self.train = np.arange(len(z))
+    def __init__(self, z: C.Matrix, batch: np.ndarray, hidden: int) -> None:
+        given = np.asarray(z, np.float32)
+        self.scale: np.ndarray | None = np.asarray(max(float(given.std()), 1e-12), np.float32)
+        self.x: np.ndarray = given / self.scale
+        self.batch, self.hidden = batch, hidden
+        self.train = np.arange(len(batch))
 
     @staticmethod
     def forward(net: Net, cells: Cells, key: Array | None) -> tuple[Array, Array]:
@@ -127,7 +128,9 @@ class CountsModel:
     is to learn depends on the depth and the genes: the discrepancy counts in units of what training has brought so far.
     """
 
-    scale = None
+    scale: np.ndarray | None = None
+    held: np.ndarray | None
+    train: np.ndarray
     least = 0.0
     check_weight = 1.0
 

@@ -19,13 +19,16 @@ __all__ = ["MMDIntegrate"]
 
 @operator
 class MMDIntegrate:
-    """Experimental: an autoencoder of an embedding whose code has no use for the batch, by maximum mean discrepancy.
+    """Experimental: an autoencoder whose code has no use for the batch, by maximum mean discrepancy.
 
-    The code is the embedding plus what a small network of it and the batch adds, 0 before training; a second network
-    puts the cell back from code and batch. Trained are the squared error of that and `weight` times the squared
-    discrepancy (Gretton et al. 2012) of each batch from all cells within each soft cluster, under Gaussian kernels of
-    five widths by random features, so that the cost is linear. Clusters are Harmony's, which mix batches as far as
-    they can: cells of a type that one batch lacks are not drawn to others. `init` trains; the call is the encoder.
+    Of an embedding, the code is the embedding plus what a small network of it and the batch adds, 0 before training; a
+    second network puts the cell back from code and batch, and the error is squared. With `n_latent`, of counts: the
+    networks and the negative bound are those of :class:`VAE` and the code is the mean of so many latent variables.
+    Trained are the error and `weight` times the squared discrepancy (Gretton et al. 2012) of each batch from all cells
+    within each soft cluster, under Gaussian kernels of five widths by random features, so that the cost is linear; of
+    counts, in units of what training has lowered the bound by so far on held-out cells, and a `weight` of 1 suits.
+    Clusters are Harmony's, which mix batches as far as they can: cells of a type that one batch lacks are not drawn to
+    others. `init` trains; the call is the encoder.
     """
 
     net: Net | None = learnable(default=None)

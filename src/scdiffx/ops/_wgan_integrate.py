@@ -27,15 +27,15 @@ _CRITIC_HIDDEN = 64
 
 @operator
 class WGANIntegrate:
-    """Experimental: an autoencoder of an embedding whose code has no use for the batch, by Wasserstein critics.
+    """Experimental: an autoencoder whose code has no use for the batch, by Wasserstein critics.
 
-    The code is the embedding plus what a small network of it and the batch adds, 0 before training; a second network
-    puts the cell back from code and batch. A critic for each batch is trained to tell its cells from all cells, these
-    weighted to the batch's shares of soft clusters, with a penalty on slopes other than 1 (Gulrajani et al. 2017): the
-    difference of its means estimates their Wasserstein distance. The autoencoder lowers its squared error plus `weight`
-    times the mean distance; critics make three steps for each of its own. Clusters are Harmony's, which mix batches as
-    far as they can: cells of a type that one batch lacks are not drawn to others. `init` trains; the call is the
-    encoder.
+    The autoencoders of an embedding and, with `n_latent`, of counts are those of :class:`MMDIntegrate`. A critic for
+    each batch is trained to tell its cells from all cells, these weighted to the batch's shares of soft clusters, with
+    a penalty on slopes other than 1 (Gulrajani et al. 2017): the difference of its means estimates their Wasserstein
+    distance. The autoencoder lowers its error plus `weight` times the mean distance (of counts, in units of what
+    training has lowered the bound by so far on held-out cells, and a `weight` of 0.3 suits); critics make three steps
+    for each of its own. Clusters are Harmony's, which mix batches as far as they can: cells of a type that one batch
+    lacks are not drawn to others. `init` trains; the call is the encoder.
     """
 
     net: Net | None = learnable(default=None)

@@ -251,7 +251,7 @@ def _settings(
     if basis is not None and n_latent is not None:
         raise ValueError(f"n_latent={n_latent!r} is for counts: pass `basis=None`; an embedding keeps its dimensions")
     weight = usual["weight"][name] if weight is None else weight
-    numbers = {"n_latent": n_latent, "n_hidden": n_hidden, "max_steps": limits[0]}
+    numbers: dict[str, Any] = {"n_latent": n_latent, "n_hidden": n_hidden, "max_steps": limits[0]}
     numbers = {part: usual[part] if value is None else value for part, value in numbers.items()}
     for part, value in (numbers | {"patience": limits[1]}).items():
         if value is not None and value < 1:

@@ -119,6 +119,16 @@ def parametric_umap_keys(key: str) -> dict[str, str]:
     }
 
 
+def integration_keys(name: str) -> dict[str, str]:
+    checked = ("reconstruction", "discrepancy", "mixing", "conservation")
+    return {
+        f"obsm/X_{name}": "float32",
+        **{f"uns/{name}{part}": "mapping" for part in ("", "/params", "/history")},
+        **{f"uns/{name}/history/{part}": "float64" for part in checked},
+        f"uns/{name}/history/kept": "int",
+    }
+
+
 def kmeans_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -470,19 +480,21 @@ CASES = [
             name,
             f"pp.{name}_integrate",
             "reduced",
-            {
-                f"obsm/X_{name}": "float32",
-                **{f"uns/{name}{part}": "mapping" for part in ("", "/params", "/history")},
-                **{
-                    f"uns/{name}/history/{part}": "float64"
-                    for part in ("reconstruction", "discrepancy", "mixing", "conservation")
-                },
-                f"uns/{name}/history/kept": "int",
-            },
+            integration_keys(name),
             {"key": "batch", "max_steps": 2, "n_hidden": 8, "progress": False},
             slow=name == "wgan",
         )
         for name in ("mmd", "wgan")
+    ),
+    Case(
+        "mmd_counts",
+        "pp.mmd_integrate",
+        "counts",
+        integration_keys("mmd"),
+        {"key": "batch", "basis": None, "max_steps": 2, "n_hidden": 8, "n_latent": 3, "progress": False},
+        matrix=True,
+        counts=True,
+        slow=True,
     ),
     Case(
         "denoise",
@@ -1222,6 +1234,10 @@ REFUSED = [
     ("mmd", {"basis": "X_absent"}, KeyError, r"basis='X_absent'.*'X_pca'"),
     ("mmd", {"weight": 0}, ValueError, "weight=0"),
     ("mmd", {"n_hidden": 0}, ValueError, "n_hidden=0"),
+    ("mmd", {"layer": "counts"}, ValueError, r"layer='counts'.*basis=None.*'X_pca'"),
+    ("mmd", {"n_latent": 3}, ValueError, "n_latent=3.*basis=None"),
+    ("mmd_counts", {"n_latent": 0}, ValueError, "n_latent=0"),
+    ("mmd_counts", {"key": "absent"}, KeyError, r"key='absent'.*'batch'"),
     ("wgan", {"max_steps": 0}, ValueError, "max_steps=0"),
     ("wgan", {"patience": 0}, ValueError, "patience=0"),
     ("harmony", {"key": "absent"}, KeyError, r"key='absent'.*'batch'"),

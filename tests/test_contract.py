@@ -85,6 +85,7 @@ SLOW = {
     "magic_on_graph",
     "marker_annotation",
     "mmd_integrate",
+    "mmd_integrate_counts",
     "neighbors_cosine",
     "neighbors_gauss",
     "normalize_total_excluding",
@@ -319,6 +320,18 @@ CASES = [
             equivariant=False,
         )
         for name, op in (("mmd_integrate", ops.MMDIntegrate), ("wgan_integrate", ops.WGANIntegrate))
+    ),
+    Case(
+        "mmd_integrate_counts",
+        lambda: ops.MMDIntegrate(
+            n_latent=4, n_hidden=16, training=ops.IntegrationTraining(max_steps=3, check_every=2, minibatch=64)
+        ),
+        lambda d: (d.counts, d.batch),
+        lambda r: r.corrected,
+        budget=1_800,
+        learns=("net",),
+        # Which cells are held out and share a minibatch depends on their order.
+        equivariant=False,
     ),
     Case(
         "harmony",

@@ -62,7 +62,7 @@ def weights(likelihood: str = "nb", batches: int = 2) -> dict[str, np.ndarray]:
     counts = sp.csr_matrix(rng.poisson(1.5, (CELLS, GENES)).astype(np.float32))
     vae = ops.VAE(n_latent=LATENT, n_hidden=HIDDEN, likelihood=likelihood)
     codes = np.arange(CELLS) % batches
-    net = _vae._initial(vae, counts, codes, batches, rng) | _scanvi_net.initial(LATENT, HIDDEN, TYPES, rng)
+    net = _vae.initial(vae, counts, codes, batches, rng) | _scanvi_net.initial(LATENT, HIDDEN, TYPES, rng)
     return {name: value + 0.3 * rng.normal(size=value.shape) for name, value in net.items()}
 
 

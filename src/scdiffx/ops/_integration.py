@@ -12,39 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scdiffx._core import counts as C
+from scdiffx._core.fields import replace
 from scdiffx._core.knn import nearest
 from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 from scdiffx.ops._harmony import Harmony
+from scdiffx.ops._integration_models import Cells, CountsModel, EmbeddingModel, Model, Net, encode
+from scdiffx.ops._vae import encode as latent
 
-__all__ = [
-    "Cells",
-    "IntegrationResult",
-    "IntegrationTraining",
-    "Net",
-    "discrepancy",
-    "encode",
-    "features",
-    "memberships",
-    "moved",
-    "reconstruction",
-    "trained",
-    "uniform",
-]
+__all__ = ["IntegrationResult", "IntegrationTraining", "applied", "discrepancy", "features", "fitted", "memberships"]
 
-Net = dict[str, Any]
 _MOST_CLUSTERS, _CELLS_PER_CLUSTER = 30, 30
 # Widths of the Gaussian kernels, in mean squared distances within clusters, and random features of all together.
 _WIDTHS = (0.125, 0.5, 1.0, 2.0, 8.0)
 _FEATURES = 128
-# Cells that progress is judged by, and what the discrepancy counts there.
+# Cells that progress is judged by.
 _SAMPLE = 4096
-_CHECK_WEIGHT = 10.0
 _CHECKED = ("reconstruction", "discrepancy", "mixing", "conservation")
 
 
 class IntegrationResult(NamedTuple):
-    """`corrected`: the embedding without the batches (cells, dims)."""
+    """`corrected`: the embedding, or the code of counts, without the batches (cells, dims)."""
 
     corrected: Float[Array, "cells dims"]
 
@@ -52,9 +41,12 @@ class IntegrationResult(NamedTuple):
 class IntegrationTraining(NamedTuple):
     """How the networks are trained: at most `max_steps` gradient steps of Adam, at a rate that falls along a cosine.
 
-    A step sees `minibatch` cells at most. Every `check_every` steps the clusters are found anew and a fixed sample of
-    4,096 cells is judged by its squared reconstruction error plus ten times its discrepancy; training ends after
-    `patience` checks in which that has not fallen by 1 %, and the weights of the best check are kept.
+    A step sees `minibatch` cells at most. Every `check_every` steps the clusters are found anew and cells are judged by
+    their reconstruction error plus a multiple of the discrepancy. Of an embedding the error is squared, the multiple
+    10, and both are of a fixed sample of 4,096 cells; of counts the error is the negative bound of a tenth of the
+    cells, which is not trained on, and the discrepancy counts in units of what that has fallen by so far. Training ends
+    after `patience` checks in which the sum has not fallen (by 1 %, of an embedding); the weights of the best check are
+    kept.
     """
 
     max_steps: int = 400
@@ -63,56 +55,6 @@ class IntegrationTraining(NamedTuple):
     check_every: int = 50
     patience: int = 4
     progress: bool = False
-
-
-class Cells(NamedTuple):
-    """Cells of a step: standardised coordinates, batches, soft clusters, and the mean squared distance within these."""
-
-    x: Float[Array | np.ndarray, "cells dims"]
-    batch: Int[Array | np.ndarray, " cells"]
-    member: Float[Array | np.ndarray, "cells clusters"]
-    spread: Any
-
-
-def uniform(rng: np.random.Generator, n_in: int, n_out: int) -> np.ndarray:
-    return (rng.uniform(-1, 1, (n_in, n_out)) * math.sqrt(3 / n_in)).astype(np.float32)
-
-
-def initial(rng: np.random.Generator, dims: int, batches: int, hidden: int) -> Net:
-    """Networks that change nothing yet: what they add to their input starts at 0."""
-    net: Net = {}
-    for name in ("encoder", "decoder"):
-        net |= {
-            f"{name}_in": uniform(rng, dims, hidden),
-            f"{name}_batch": uniform(rng, batches, hidden),
-            f"{name}_out": np.zeros((hidden, dims), np.float32),
-            f"{name}_shift": np.zeros((batches, dims), np.float32),
-        }
-    return net
-
-
-def _layer(net: Net, name: str, x: Any, batch: Any) -> Array:
-    hidden = jax.nn.relu(x @ net[f"{name}_in"] + net[f"{name}_batch"][batch])
-    return x + hidden @ net[f"{name}_out"] + net[f"{name}_shift"][batch]
-
-
-def encode(net: Net, x: Any, batch: Any) -> Float[Array, "cells dims"]:
-    """Standardised coordinates plus what a network of them and the batch adds."""
-    return _layer(net, "encoder", x, batch)
-
-
-def moved(net: Net | None, scale: Array | None, z: Array, batch: Array, name: str) -> IntegrationResult:
-    """The corrected embedding, in its own units."""
-    if net is None or scale is None:
-        raise ValueError(f"{name} needs its networks: call `op = op.init(z, batch)` first")
-    net = {part: jnp.asarray(value, z.dtype) for part, value in net.items()}
-    scale = jnp.asarray(scale, z.dtype)
-    return IntegrationResult(encode(net, z / scale, batch) * scale)
-
-
-def reconstruction(net: Net, cells: Cells, h: Array) -> Array:
-    """Mean squared error of the cells when a network of the corrected embedding and the batch puts them back."""
-    return ((_layer(net, "decoder", h, cells.batch) - cells.x) ** 2).sum(1).mean()
 
 
 def features(key: Array, dims: int, spread: Array) -> tuple[Array, Array]:
@@ -188,89 +130,131 @@ def _conservation(x: np.ndarray, h: np.ndarray, batch: np.ndarray) -> float:
     return kept / max(cells, 1)
 
 
-def trained(
-    z: Float[Array, "cells dims"],
+def fitted(
+    op: Any,
+    x: C.Matrix,
     batch: Int[Array, " cells"],
-    hidden: int,
-    training: IntegrationTraining,
     key: Array | None,
     step: Callable[..., Any],
     more: Callable[..., Net] = lambda rng, dims, batches: {},
-) -> tuple[Net, Array, dict[str, Array]]:
-    """Train by `step`; returns the weights kept, the scale of the coordinates, and how training went.
+) -> Any:
+    """`op` with the networks that training by `step` yields, their scale and how training went.
 
-    ``step(state, cells, rate, key)`` takes and returns the networks, `more` of them included, with what their
-    optimisers remember. Training is in float32, the result in the precision of `z`.
+    ``step(state, cells, rate, key, weight, batches=, forward=)`` takes and returns the networks, `more` of them
+    included, with what their optimisers remember. Training is in float32, the result in the precision of `x`.
     """
+    if op.net is not None:
+        return op
+    codes = np.asarray(batch, np.int32)
+    if codes.min() < 0 or len(np.unique(codes)) < 2:
+        raise ValueError("integration needs the batch of each cell, and at least two batches")
     seed = 0 if key is None else as_seed(key)
+    model: Model
     with jax.enable_x64(False):
-        found = _trained(np.asarray(z, np.float32), np.asarray(batch, np.int32), hidden, training, seed, step, more)
-    return jax.tree.map(lambda a: jnp.asarray(a, z.dtype), found)
+        if op.n_latent is None:
+            model = EmbeddingModel(x, codes, op.n_hidden)
+        else:
+            model = CountsModel(x, codes, op.n_hidden, op.n_latent)
+        step = partial(step, batches=int(codes.max()) + 1, forward=model.forward)
+        net, history = _trained(model, codes, (op.weight, op.training), seed, step, more)
+    net, scale, history = jax.tree.map(lambda a: jnp.asarray(a, x.dtype), (net, model.scale, history))
+    return replace(op, net=net, scale=scale, history=history)
+
+
+def applied(op: Any, x: C.Matrix, batch: Int[Array, " cells"]) -> IntegrationResult:
+    """The codes of cells, those of an embedding in its own units."""
+    if op.net is None or (op.n_latent is None and op.scale is None):
+        raise ValueError(f"{type(op).__name__} needs its networks: call `op = op.init(x, batch)` first")
+    net = {part: jnp.asarray(value, x.dtype) for part, value in op.net.items()}
+    if op.n_latent is not None:
+        return IntegrationResult(C.map_rows(x, lambda block: latent(net, block)[0]))
+    z, scale = jnp.asarray(x), jnp.asarray(op.scale, x.dtype)
+    return IntegrationResult(encode(net, z / scale, batch) * scale)
 
 
 def _trained(
-    z: np.ndarray,
+    model: Model,
     codes: np.ndarray,
-    hidden: int,
-    training: IntegrationTraining,
+    settings: tuple[float, IntegrationTraining],
     seed: int,
     step: Callable[..., Any],
     more: Callable[..., Net],
-) -> tuple[Net, np.ndarray, dict[str, np.ndarray]]:
-    if codes.min() < 0 or len(np.unique(codes)) < 2:
-        raise ValueError("integration needs the batch of each cell, and at least two batches")
+) -> tuple[Net, dict[str, np.ndarray]]:
+    weight, training = settings
     rng = np.random.default_rng(seed)
-    scale = np.asarray(max(float(z.std()), 1e-12), np.float32)
-    x, batches = z / scale, int(codes.max()) + 1
-    net = initial(rng, x.shape[1], batches, hidden) | more(rng, x.shape[1], batches)
-    state = step(net, None, 0.0, None)
-    sample = np.sort(rng.choice(len(x), min(_SAMPLE, len(x)), replace=False))
+    net = model.initial(rng)
+    dims = model.codes(net).shape[1]
+    state = step(net | more(rng, dims, int(codes.max()) + 1), None, 0.0, None, 0.0)
+    sample = np.sort(rng.choice(len(codes), min(_SAMPLE, len(codes)), replace=False))
+    judged = (sample, model.before(sample), training.minibatch)
     key = jax.random.key(seed)
     checks: list[tuple[float, ...]] = []
-    best, best_value, best_check = net, math.inf, 0
+    best, best_check = state[0], 0
     bar = progress_bar(training.max_steps, "integration", training.progress)
     for i in range(training.max_steps + 1):
         if i % training.check_every == 0 or i == training.max_steps:
-            cells, found = _checked(state[0], x, codes, sample, seed, i)
-            value = found[0] + _CHECK_WEIGHT * found[1]
-            if value < 0.99 * best_value:
-                best, best_value, best_check = jax.tree.map(np.array, state[0]), value, len(checks)
+            cells, found = _checked(model, state[0], codes, judged, seed, i)
             checks.append(found)
+            unit = model.unit([check[0] for check in checks])
+            value, least = (
+                error + model.check_weight * unit * apart for error, apart, *_ in (found, checks[best_check])
+            )
+            if len(checks) == 1 or value < least - model.least * abs(least):
+                best, best_check = jax.tree.map(np.array, state[0]), len(checks) - 1
             if len(checks) - 1 - best_check >= training.patience:
                 break
             bar.set_postfix({"mixing": f"{found[2]:.3f}", "kept": f"{found[3]:.3f}"}, refresh=False)
         if i < training.max_steps:
-            few = len(x) > training.minibatch
-            some = _taken(cells, rng.choice(len(x), training.minibatch, replace=False)) if few else cells
+            few = len(model.train) > training.minibatch
+            chosen = rng.choice(model.train, training.minibatch, replace=False) if few else model.train
             rate = training.learning_rate * 0.5 * (1 + math.cos(math.pi * i / training.max_steps))
-            state = step(state, some, np.float32(rate), jax.random.fold_in(key, i))
+            state = step(
+                state,
+                _taken(model, cells, chosen),
+                np.float32(rate),
+                jax.random.fold_in(key, i),
+                np.float32(weight * unit),
+            )
             bar.update()
     bar.close()
-    kept = {name: value for name, value in best.items() if name.startswith(("encoder", "decoder"))}
+    kept = {name: value for name, value in best.items() if not name.startswith("critic")}
     history = dict(zip(_CHECKED, np.asarray(checks).T, strict=True))
-    return kept, scale, history | {"kept": np.asarray(best_check)}
+    return kept, history | {"kept": np.asarray(best_check)}
 
 
 def _checked(
-    net: Net, x: np.ndarray, codes: np.ndarray, sample: np.ndarray, seed: int, i: int
+    model: Model, net: Net, codes: np.ndarray, judged: tuple[np.ndarray, np.ndarray, int], seed: int, i: int
 ) -> tuple[Cells, tuple[float, ...]]:
     """The cells in clusters found anew, and what `_CHECKED` names, on the sample."""
-    h = np.asarray(encode(net, x, codes))
+    h = model.codes(net)
     if not np.isfinite(h).all():
         raise FloatingPointError(f"integration is not finite after {i} steps: lower the learning rate")
     member = memberships(h, codes, seed)
-    cells = Cells(x, codes, member, np.float32(_spread(h, member)))
-    batches = int(codes.max()) + 1
-    error, apart = _judged(net, _taken(cells, sample), jax.random.key(0), batches=batches)
-    mixing = _mixing(h[sample], codes[sample])
-    return cells, (float(error), float(apart), mixing, _conservation(x[sample], h[sample], codes[sample]))
+    cells = Cells(None, codes, member, np.float32(_spread(h, member)))
+    sample, before, size = judged
+    some = Cells(None, codes[sample], member[sample], cells.spread)
+    apart = float(_apart(some, h[sample], jax.random.key(0), batches=int(codes.max()) + 1))
+    error = _error(model, net, cells, sample if model.held is None else model.held, size)
+    return cells, (error, apart, _mixing(h[sample], some.batch), _conservation(before, h[sample], some.batch))
 
 
-def _taken(cells: Cells, index: np.ndarray) -> Cells:
-    return Cells(cells.x[index], cells.batch[index], cells.member[index], cells.spread)
+def _taken(model: Model, cells: Cells, index: np.ndarray) -> Cells:
+    return Cells(model.rows(index), cells.batch[index], cells.member[index], cells.spread)
+
+
+def _error(model: Model, net: Net, cells: Cells, index: np.ndarray, size: int) -> float:
+    """The mean error of cells, so many at a time."""
+    size = min(size, len(index))
+    padded = np.concatenate([index, index[: -len(index) % size]]).reshape(-1, size)
+    parts = [_forward(net, _taken(model, cells, part), forward=model.forward)[1] for part in padded]
+    return float(np.concatenate([np.asarray(part) for part in parts])[: len(index)].mean())
+
+
+@partial(jax.jit, static_argnames=("forward",))
+def _forward(net: Net, cells: Cells, *, forward: Callable[..., tuple[Array, Array]]) -> tuple[Array, Array]:
+    return forward(net, cells, None)
 
 
 @partial(jax.jit, static_argnames=("batches",))
-def _judged(net: Net, cells: Cells, key: Array, *, batches: int) -> tuple[Array, Array]:
-    h = encode(net, cells.x, cells.batch)
-    return reconstruction(net, cells, h), discrepancy(cells, h, batches, *features(key, h.shape[1], cells.spread))
+def _apart(cells: Cells, h: Array, key: Array, *, batches: int) -> Array:
+    return discrepancy(cells, h, batches, *features(key, h.shape[1], cells.spread))

@@ -15,7 +15,7 @@ from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph
 from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
-from scdiffx.ops._integration import Net, uniform
+from scdiffx.ops._integration_models import Net, uniform
 from scdiffx.ops._umap import attraction, repulsion
 
 __all__ = ["ParametricUMAP", "ParametricUMAPResult", "ParametricUMAPTraining"]

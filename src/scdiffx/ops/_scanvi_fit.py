@@ -18,7 +18,7 @@ from scdiffx._log import progress_bar, warn
 from scdiffx.ops._annotation_fit import folds, limits, temperature, whitened
 from scdiffx.ops._logistic_annotation import calibration_error
 from scdiffx.ops._scanvi_net import bound, classify, entropy, initial
-from scdiffx.ops._vae import DISPERSION_RATE, STEPS_AT_ONCE, VAE, add_coefficients, encode, optimizer
+from scdiffx.ops._vae import STEPS_AT_ONCE, VAE, add_coefficients, encode, lowered, optimizer
 
 __all__ = ["ENOUGH", "Cells", "SemiSupervisedTraining", "Surroundings", "checked", "trained"]
 
@@ -102,8 +102,7 @@ def _step(
     net, optimizer_state = state
     (_, values), grads = jax.value_and_grad(cost, has_aux=True)(net)
     steps, optimizer_state = optimizer().update(grads, optimizer_state)
-    rates = {name: DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
-    return ({name: net[name] - rates[name] * steps[name] for name in net}, optimizer_state), *values
+    return (lowered(net, steps, rate), optimizer_state), *values
 
 
 def _cycled(cells: Cells, most: int, n: int, rng: np.random.Generator) -> np.ndarray:

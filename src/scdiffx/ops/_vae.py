@@ -24,7 +24,7 @@ __all__ = ["DISPERSIONS", "LIKELIHOODS", "VAE", "Training", "VAEResult"]
 LIKELIHOODS = ("nb", "zinb")
 DISPERSIONS = ("gene", "gene-batch")
 Net = dict[str, Any]
-_MIN_CELLS = 10
+MIN_CELLS = 10
 # Minibatches drawn from the sparse matrix together: few enough that a large epoch takes no memory.
 STEPS_AT_ONCE = 64
 _STEPS = 5_000
@@ -33,7 +33,7 @@ _LOG_THETA = (-7.0, 9.0)
 _LOG_STD = (-6.0, 3.0)
 _DROPOUT = 0.3
 # The dispersions lie orders of magnitude apart: at the rate of the weights they would not get there.
-DISPERSION_RATE = 10
+_DISPERSION_RATE = 10
 
 
 class Training(NamedTuple):
@@ -94,8 +94,8 @@ class VAE:
             raise ValueError(f"likelihood={self.likelihood!r} is unknown. Available: {list(LIKELIHOODS)}")
         if self.dispersion not in DISPERSIONS:
             raise ValueError(f"dispersion={self.dispersion!r} is unknown. Available: {list(DISPERSIONS)}")
-        if x.shape[0] < _MIN_CELLS:
-            raise ValueError(f"training needs at least {_MIN_CELLS} cells, got {x.shape[0]}")
+        if x.shape[0] < MIN_CELLS:
+            raise ValueError(f"training needs at least {MIN_CELLS} cells, got {x.shape[0]}")
         codes = np.zeros(x.shape[0], np.int32) if batch is None else np.asarray(batch, np.int32)
         # Training is in float32 whatever the precision of the input: its noise is that of minibatches.
         with jax.enable_x64(False):
@@ -220,8 +220,12 @@ def bound(
     """
     mean, std = encode(net, x, dropout_key)
     fit = reconstruction(net, x, mean + std * noise, batch, likelihood)
-    divergence = ((mean**2 + std**2 - 1) / 2 - jnp.log(std)).sum(1)
-    return fit, divergence
+    return fit, prior_divergence(mean, std)
+
+
+def prior_divergence(mean: Array, std: Array) -> Float[Array, " cells"]:
+    """Of Kullback and Leibler, of normal distributions from the standard one."""
+    return ((mean**2 + std**2 - 1) / 2 - jnp.log(std)).sum(1)
 
 
 def reconstruction(net: Net, x: Array, z: Array, batch: Array, likelihood: str) -> Float[Array, " cells"]:
@@ -252,7 +256,7 @@ def add_coefficients(net: Net, rows: SparseRows, batch: Array, fit: Array) -> Fl
     return fit.at[row].add(coefficient(jnp.asarray(rows.data), log_r), mode="drop")
 
 
-def _initial(op: VAE, csr: Any, codes: np.ndarray, batches: int, rng: np.random.Generator) -> Net:
+def initial(op: VAE, csr: Any, codes: np.ndarray, batches: int, rng: np.random.Generator) -> Net:
     """Weights before training. The output starts at each batch's mean expression and moment estimate of dispersion."""
     genes, hidden, latent = csr.shape[1], op.n_hidden, op.n_latent
 
@@ -292,6 +296,12 @@ def optimizer() -> Any:
     return optax.scale_by_adam()
 
 
+def lowered(net: Net, steps: Net, rate: Any) -> Net:
+    """The weights after a step against the gradient."""
+    rates = {name: _DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
+    return {name: net[name] - rates[name] * steps[name] for name in net}
+
+
 @partial(jax.jit, static_argnames=("likelihood",), donate_argnums=(0,))
 def _train_step(
     state: Any, rows: SparseRows, batch: Array, weight: Array, rate: Array, seed: Array, *, likelihood: str
@@ -305,8 +315,7 @@ def _train_step(
     net, optimizer_state = state
     (_, value), grads = jax.value_and_grad(cost, has_aux=True)(net)
     steps, optimizer_state = optimizer().update(grads, optimizer_state)
-    rates = {name: DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
-    return ({name: net[name] - rates[name] * steps[name] for name in net}, optimizer_state), value
+    return (lowered(net, steps, rate), optimizer_state), value
 
 
 @partial(jax.jit, static_argnames=("likelihood",))
@@ -358,7 +367,7 @@ def _trained(op: VAE, csr: Any, codes: np.ndarray, seed: int) -> tuple[Net, dict
     rng = np.random.default_rng(seed)
     held, train = np.split(rng.permutation(len(codes)), [max(1, round(settings.validation * len(codes)))])
     run = _Run(op, csr, codes, train)
-    net = _initial(op, csr[train], codes[train], int(codes.max()) + 1, rng)
+    net = initial(op, csr[train], codes[train], int(codes.max()) + 1, rng)
     state = (net, optimizer().init(net))
     epochs = settings.epochs(len(train))
     history: dict[str, list[float]] = {"train": [], "validation": [], "validation_nll": []}

@@ -8,20 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from scdiffx._core.fields import buffer, learnable, operator, replace, static
-from scdiffx.ops._integration import (
-    Cells,
-    IntegrationResult,
-    IntegrationTraining,
-    Net,
-    encode,
-    moved,
-    reconstruction,
-    trained,
-    uniform,
-)
+from scdiffx._core import counts as C
+from scdiffx._core.fields import buffer, learnable, operator, static
+from scdiffx.ops._integration import IntegrationResult, IntegrationTraining, applied, fitted
+from scdiffx.ops._integration_models import Cells, Net, uniform
+from scdiffx.ops._vae import lowered
 
 __all__ = ["WGANIntegrate"]
 
@@ -34,35 +27,31 @@ _CRITIC_HIDDEN = 64
 
 @operator
 class WGANIntegrate:
-    """Experimental: an autoencoder of an embedding whose code has no use for the batch, by Wasserstein critics.
+    """Experimental: an autoencoder whose code has no use for the batch, by Wasserstein critics.
 
-    The code is the embedding plus what a small network of it and the batch adds, 0 before training; a second network
-    puts the cell back from code and batch. A critic for each batch is trained to tell its cells from all cells, these
-    weighted to the batch's shares of soft clusters, with a penalty on slopes other than 1 (Gulrajani et al. 2017): the
-    difference of its means estimates their Wasserstein distance. The autoencoder lowers its squared error plus `weight`
-    times the mean distance; critics make three steps for each of its own. Clusters are Harmony's, which mix batches as
-    far as they can: cells of a type that one batch lacks are not drawn to others. `init` trains; the call is the
-    encoder.
+    The autoencoders of an embedding and, with `n_latent`, of counts are those of :class:`MMDIntegrate`. A critic for
+    each batch is trained to tell its cells from all cells, these weighted to the batch's shares of soft clusters, with
+    a penalty on slopes other than 1 (Gulrajani et al. 2017): the difference of its means estimates their Wasserstein
+    distance. The autoencoder lowers its error plus `weight` times the mean distance (of counts, in units of what
+    training has lowered the bound by so far on held-out cells, and a `weight` of 0.3 suits); critics make three steps
+    for each of its own. Clusters are Harmony's, which mix batches as far as they can: cells of a type that one batch
+    lacks are not drawn to others. `init` trains; the call is the encoder.
     """
 
     net: Net | None = learnable(default=None)
     scale: Array | None = buffer(default=None)
     history: dict[str, Array] | None = buffer(default=None, structure=True)
+    n_latent: int | None = static(default=None)
     weight: float = static(default=1.0)
     n_hidden: int = static(default=64)
     training: IntegrationTraining = static(default=IntegrationTraining())
 
-    def init(
-        self, z: Float[Array, "cells dims"], batch: Int[Array, " cells"], key: Array | None = None
-    ) -> WGANIntegrate:
-        if self.net is not None:
-            return self
-        step = partial(_step, weight=self.weight)
-        net, scale, history = trained(z, batch, self.n_hidden, self.training, key, step, critics)
-        return replace(self, net=net, scale=scale, history=history)
+    def init(self, x: C.Matrix, batch: Int[Array, " cells"], key: Array | None = None) -> WGANIntegrate:
+        found: WGANIntegrate = fitted(self, x, batch, key, _step, critics)
+        return found
 
-    def __call__(self, z: Float[Array, "cells dims"], batch: Int[Array, " cells"]) -> IntegrationResult:
-        return moved(self.net, self.scale, z, batch, "WGANIntegrate")
+    def __call__(self, x: C.Matrix, batch: Int[Array, " cells"]) -> IntegrationResult:
+        return applied(self, x, batch)
 
 
 class _Weights(NamedTuple):
@@ -126,20 +115,20 @@ def _parts(net: Net) -> tuple[Net, Net]:
     return {n: net[n] for n in net if n not in names}, {n: net[n] for n in names}
 
 
-def _step(state: Any, cells: Cells | None, rate: Any, key: Any, *, weight: float) -> Any:
+def _step(state: Any, cells: Cells | None, rate: Any, key: Any, weight: Any, **settings: Any) -> Any:
     """Steps of the critics and one of the autoencoder; without cells, the state before the first."""
     if cells is None:
         coder, critic = _parts(state)
         return state, (_optimizer(critic=False).init(coder), _optimizer(critic=True).init(critic))
-    return _stepped(state, cells, rate, key, weight=weight)
+    return _stepped(state, cells, rate, key, weight, **settings)
 
 
-@partial(jax.jit, static_argnames=("weight",))
-def _stepped(state: Any, cells: Cells, rate: Array, key: Array, *, weight: float) -> Any:
+@partial(jax.jit, static_argnames=("batches", "forward"))
+def _stepped(state: Any, cells: Cells, rate: Array, key: Array, weight: Array, *, batches: int, forward: Any) -> Any:
     net, (coder_memory, critic_memory) = state
     coder, critic = _parts(net)
-    given = weights(cells, critic["critic_3"].shape[1])
-    h = encode(coder, cells.x, cells.batch)
+    given = weights(cells, batches)
+    h, _ = forward(coder, cells, key)
 
     def sharpen(carry: tuple[Net, Any], key: Array) -> tuple[tuple[Net, Any], None]:
         critic, memory = carry
@@ -151,9 +140,8 @@ def _stepped(state: Any, cells: Cells, rate: Array, key: Array, *, weight: float
     (critic, critic_memory), _ = jax.lax.scan(sharpen, (critic, critic_memory), jax.random.split(key, _CRITIC_STEPS))
 
     def cost(coder: Net) -> Array:
-        h = encode(coder, cells.x, cells.batch)
-        return reconstruction(coder, cells, h) + weight * distance(critic, h, given)
+        h, error = forward(coder, cells, key)
+        return error.mean() + weight * distance(critic, h, given)
 
     steps, coder_memory = _optimizer(critic=False).update(jax.grad(cost)(coder), coder_memory)
-    coder = jax.tree.map(lambda value, move: value - rate * move, coder, steps)
-    return coder | critic, (coder_memory, critic_memory)
+    return lowered(coder, steps, rate) | critic, (coder_memory, critic_memory)

@@ -28,6 +28,7 @@ def adata() -> ad.AnnData:
     np.fill_diagonal(near, 0)
     adata = ad.AnnData(rng.poisson(2, (90, 5)).astype(np.float64))
     adata.obs_names = [f"c{i}" for i in range(90)]
+    adata.obsm["X_points"] = points
     adata.obsp["connectivities"] = adata.obsp["distances"] = sp.csr_matrix(near + near.T)
     adata.uns["neighbors"] = {"connectivities_key": "connectivities", "distances_key": "distances", "params": {}}
     adata.obs["group"] = pd.Categorical(np.array(["x", "y/z", "w"])[np.arange(90) % 3])
@@ -37,10 +38,11 @@ def adata() -> ad.AnnData:
     return adata
 
 
-def planned(adata: ad.AnnData, weights: str | None = None) -> Plan:
+def planned(adata: ad.AnnData, weights: str | None = None, fates: bool = True) -> Plan:
     plan = sd.plan(adata)
     sd.tl.pseudotime(plan, n_dcs=4, root="c3", weights=weights)
-    sd.tl.fate_probabilities(plan, {"a": ["c60", "c61", "c88"], "b": ["c40"]}, weights=weights)
+    if fates:
+        sd.tl.fate_probabilities(plan, {"a": ["c60", "c61", "c88"], "b": ["c40"]}, weights=weights)
     return plan
 
 
@@ -87,6 +89,28 @@ def test_of_cells_it_is_the_derivative_and_for_the_ends_the_change(adata: ad.Ann
     out = np.arange(90) == last
     expected = means(adata, without(adata, out, "dpt_pseudotime"), out)
     assert np.abs(expected - table.iloc[last]).max() < 1e-6 < np.abs(expected).min()
+
+
+@pytest.mark.slow
+def test_neighbors_of_a_plan_are_found_anew(adata: ad.AnnData) -> None:
+    plan = sd.plan(adata)
+    sd.pp.neighbors(plan, n_neighbors=8, use_rep="X_points")
+    plan.add(planned(adata).steps[0])
+    left = LeftOut(plan, Obs("dpt_pseudotime"), "dpt_pseudotime", None)
+    everyone, rng = np.ones((90, 1)), np.random.default_rng(1)
+    slopes = left.slopes(everyone)[:, 0]
+    chosen = rng.permutation(np.setdiff1d(np.arange(90), [3, *left.ends]))[:12]
+    changes = []
+    for cell in chosen:
+        part = adata[np.arange(90) != cell].copy()
+        again = sd.plan(part)
+        sd.pp.neighbors(again, n_neighbors=8, use_rep="X_points")
+        again.add(planned(part, fates=False).steps[0])
+        before = np.delete(left.now, cell)
+        changes.append((values(again, "dpt_pseudotime") - before).mean())
+    found = np.array([left.without(np.arange(90) == cell, everyone)[0] for cell in chosen])
+    np.testing.assert_allclose(found, changes, atol=1e-5)
+    assert np.corrcoef(slopes[chosen], changes)[0, 1] > 0.9
 
 
 def test_the_root_and_one_terminal_cell_of_each_fate_have_to_stay(adata: ad.AnnData) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
 
 from scdiffx import ops
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx._program import Program, leading, read_value
 from scdiffx._slots import Obs, Obsm, Slot, Weights, available
-from scdiffx._steps import Plan, Step, run_step
+from scdiffx._steps import Plan, Step, _cast, restructured, run_step
+from scdiffx.ops._neighbors import Replacements, dense, replacements
 from scdiffx.tl._attribution import column_of, groups_of
 
 # What takes the weights of cells; the operators are known by their arguments.
@@ -22,7 +24,10 @@ _TAKING = "`sd.tl.diffmap`, `sd.tl.pseudotime` and `sd.tl.fate_probabilities`"
 
 
 class LeftOut:
-    """A plan with a weight for each cell, and what it gives for a target as the weights change."""
+    """A plan with a weight for each cell, and what it gives for a target as cells are left out.
+
+    What the plan finds before its neighbours is held; these are found anew, unless the AnnData holds the graph.
+    """
 
     def __init__(self, plan: Plan, slot: Obs | Obsm, target: str, column: int | str | None) -> None:
         weighted, self.sources = _weighted(plan)
@@ -39,52 +44,104 @@ class LeftOut:
         self.now = np.asarray(y if self.at is None else y[:, self.at], np.float64)
         self.needed = _needed(self.program)
         self.ends = _ends(self.program, found)
+        self.searches = _searches(self.program, found)
 
     def target(self, values: dict[Slot, Any]) -> Any:
         y = values[self.slot]
         return y if self.at is None else y[:, self.at]
 
-    def frozen(self, frozen: dict[Slot, Any], share: Any) -> dict[Slot, Any]:
-        return frozen | {slot: frozen[slot] * share for slot in self.sources if slot in frozen}
-
     def undefined(self, out: np.ndarray) -> bool:
-        """Whether nothing is left of the root or of a fate."""
-        return any(out[cells].all() for cells in self.needed)
+        """Whether nothing is left of the root or of a fate, or too little for the neighbours."""
+        fewest = max((search.step.op.n_neighbors for search in self.searches.values()), default=1)
+        return (~out).sum() < fewest or any(out[cells].all() for cells in self.needed)
 
     def without(self, out: np.ndarray, member: np.ndarray) -> np.ndarray:
         """The change of each group's mean over the cells that stay, evaluated anew (groups,)."""
         if self.undefined(out):
             return np.full(member.shape[1], np.nan)
         with jax.enable_x64(True):
-            values = self.frozen(self.program.frozen, jnp.asarray(~out, jnp.float64))
-            for i in self.program.active:
-                step = self.program.plan.steps[i]
-                args = tuple(read_value(slot, values) for slot in step.reads)
-                op, result = run_step(step, args, op=self.program.ops[i], prepare=lambda op, args, key: op)
-                values |= step.outputs(op, result)
+            graphs = {slot: search.without(out) for slot, search in self.searches.items()}
+            share = jnp.asarray(~out, jnp.float64)
+            values = self._run(_shared(self.program.frozen | graphs, self.sources, share))[1]
             moved = np.asarray(self.target(values), np.float64)
         both = np.isfinite(moved) & np.isfinite(self.now) & ~out
         change = np.where(both, moved, 0) - np.where(both, self.now, 0)
         size = (member * both[:, None]).sum(0)
         return np.where(size > 0, change @ member / np.maximum(size, 1), np.nan)
 
+    def _run(self, values: dict[Slot, Any]) -> tuple[list[Any], dict[Slot, Any]]:
+        """The active steps with their structure found anew: operators and values."""
+        used, values = list(self.program.ops), dict(values)
+        for i in self.program.active:
+            step = self.program.plan.steps[i]
+            args = tuple(read_value(slot, values) for slot in step.reads)
+            used[i], result = run_step(step, args, op=used[i], prepare=restructured)
+            values |= step.outputs(used[i], result)
+        return used, values
+
     def slopes(self, member: np.ndarray) -> np.ndarray:
-        """Minus the derivatives of the groups' means in the share of each cell (cells, groups)."""
+        """The change of the groups' means to first order as each cell is left out (cells, groups)."""
         member = member * np.isfinite(self.now)[:, None]
         size = member.sum(0)
 
         @jax.jit
-        def run(operators: list[Any], frozen: dict[Slot, Any], means: Any) -> Any:
-            def outputs(share: Any) -> Any:
-                return self.target(self.program.evaluate(operators, self.frozen(frozen, share)))
+        def run(operators: list[Any], frozen: dict[Slot, Any], replaced: dict[Slot, Any], means: Any) -> Any:
+            def outputs(share: Any, edges: dict[Slot, Any]) -> Any:
+                graphs = {slot: replaced[slot].graph.with_values(v) for slot, v in edges.items()}
+                return self.target(self.program.evaluate(operators, _shared(frozen | graphs, self.sources, share)))
 
-            pull = jax.vjp(outputs, jnp.ones(means.shape[1], means.dtype))[1]
-            return jax.lax.map(lambda mean: pull(mean)[0], means)
+            edges = {slot: r.graph.values for slot, r in replaced.items()}
+            pull = jax.vjp(outputs, jnp.ones(means.shape[1], means.dtype), edges)[1]
+
+            def change(mean: Any) -> Any:
+                share, edges = pull(mean)
+                return sum((replaced[slot].effect(bar) for slot, bar in edges.items()), -share)
+
+            return jax.lax.map(change, means)
 
         with jax.enable_x64(True), one_blas_thread():
+            found = {slot: search.replaced() for slot, search in self.searches.items()}
+            replaced = {slot: r for slot, r in found.items() if r is not None}
+            frozen = self.program.frozen | {slot: r.graph for slot, r in replaced.items()}
+            used = self._run(frozen)[0] if replaced else self.program.ops
             means = jnp.asarray((member / np.maximum(size, 1)).T, jnp.float64)
-            found = -np.asarray(run(self.program.ops, self.program.frozen, means)).T
-        return np.where(size > 0, found, np.nan)
+            slopes = np.asarray(run(used, frozen, replaced, means)).T
+        return np.where(size > 0, slopes, np.nan)
+
+
+class _Search(NamedTuple):
+    """A step that finds neighbours, as it was run: its operator, and the representation."""
+
+    step: Step
+    op: ops.Neighbors
+    z: Any
+
+    def replaced(self) -> Replacements | None:
+        double = _cast((self.op, self.z), jnp.float64)
+        return replacements(*double)
+
+    def without(self, out: np.ndarray) -> ops.Graph:
+        """The graph of the others, in which those that are left out have no edges."""
+        kept = np.flatnonzero(~out)
+        z = self.z if isinstance(self.z, jax.Array) else dense(self.z)
+        graph = run_step(self.step, (z[kept],))[1].connectivities.to_scipy().tocoo()
+        shape = (len(out), len(out))
+        return ops.Graph.from_scipy(sp.csr_matrix((graph.data, (kept[graph.row], kept[graph.col])), shape), np.float64)
+
+
+def _shared(frozen: dict[Slot, Any], sources: list[Slot], share: Any) -> dict[Slot, Any]:
+    """The values with the weights times a share."""
+    return frozen | {slot: frozen[slot] * share for slot in sources if slot in frozen}
+
+
+def _searches(program: Program, found: dict[Slot, Any]) -> dict[Slot, _Search]:
+    """The searches that the graphs come from which the program reads."""
+    searches = {}
+    for i, step in enumerate(program.plan.steps):
+        graph = next((w.slot for w in step.writes if w.slot in program.frozen), None)
+        if isinstance(step.op, ops.Neighbors) and graph is not None:
+            searches[graph] = _Search(step, program.ops[i], read_value(step.reads[0], found))
+    return searches
 
 
 def of_cells(left: LeftOut, member: np.ndarray) -> np.ndarray:

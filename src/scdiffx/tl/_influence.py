@@ -113,12 +113,17 @@ def influence(
     two cells change order in pseudotime. To see everything, run the plan with both settings.
 
     *Leaving out* goes by weights of cells, which `sd.tl.diffmap`, `sd.tl.pseudotime` and `sd.tl.fate_probabilities`
-    take: at weight 0 they give the others what they give on the graph without the cell. The change for a cell is minus
-    the derivative in its weight, for all cells from one pass backwards for each group, through the implicit derivatives
-    of eigenvectors and absorption probabilities. The cell's own target, which does not depend on its own weight but by
-    way of its neighbours, remains in the mean of its group. A cell that alone has the largest or smallest pseudotime or
-    priming sets their unit, of which a derivative knows nothing: for those few, and for levels of a column, the change
-    is evaluated anew at weight 0, over the cells that stay, one evaluation for each.
+    take: at weight 0 they give the others what they give on the graph without the cell. The change for a cell is of
+    first order: minus the derivative in its weight, and where the plan finds the neighbours (by the default kernel and
+    search of `sd.pp.neighbors`) the derivative in the edges between others times what becomes of them as the next
+    nearest cell takes the place of the one left out. All cells come from one pass backwards for each group, through the
+    implicit derivatives of eigenvectors and absorption probabilities. What is computed before the neighbours, such as
+    components, is held, and so is a graph that the AnnData holds or that has another kernel or search. The cell's own
+    target, which does not depend on its own weight but by way of its neighbours, remains in the mean of its group.
+
+    A cell that alone has the largest or smallest pseudotime or priming sets their unit, of which a derivative knows
+    nothing: for those few, and for levels of a column, what follows the components is run anew without them, once for
+    each, and means are over the cells that stay.
     """
     if not isinstance(adata, Plan):
         raise TypeError("influence evaluates a plan anew: pass one from `sd.plan(adata)`, not an AnnData")

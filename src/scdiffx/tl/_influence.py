@@ -122,8 +122,13 @@ def influence(
     target, which does not depend on its own weight but by way of its neighbours, remains in the mean of its group.
 
     A cell that alone has the largest or smallest pseudotime or priming sets their unit, of which a derivative knows
-    nothing: for those few, and for levels of a column, what follows the components is run anew without them, once for
-    each, and means are over the cells that stay.
+    nothing: for those few, and for levels of a column, of whose change derivatives told little, what follows the
+    components is run anew without them, once for each, and means are over the cells that stay.
+
+    On paul15 derivatives predicted mean pseudotimes and fates of clusters that were run anew from the neighbours on
+    with correlations of .9 to .99, rather too small by a tenth to a half. With new components too they predicted
+    pseudotime without the most influential cells (.96), less that without others (.7), and not their fates: components
+    that are found anew move the result by more than one cell does.
     """
     if not isinstance(adata, Plan):
         raise TypeError("influence evaluates a plan anew: pass one from `sd.plan(adata)`, not an AnnData")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +48,26 @@ class Program:
         return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values))
 
     @classmethod
-    def between(cls, plan: Plan, source: Slot, target: Slot) -> tuple[Program, dict[Slot, Any]]:
-        """The part of a plan that leads from a slot, as its last writer leaves it, to a target; and all values.
+    def between(
+        cls, plan: Plan, source: Slot | Sequence[Slot], target: Slot, double: bool | None = None
+    ) -> tuple[Program, dict[Slot, Any]]:
+        """The part of a plan that leads from slots, as their last writers leave them, to a target; and all values.
 
-        Nothing is learned in it: the source is among the frozen values. Floats are double where the source is.
+        Nothing is learned in it: the sources are among the frozen values. Floats are double where a source is, unless
+        `double` says.
         """
-        ops, inputs, values = plan.run()
-        last = max((i for i, s in enumerate(plan.steps) if any(w.slot == source for w in s.writes)), default=-1)
-        active = _leading(plan, source, target, last + 1)
+        sources = [source] if isinstance(source, Slot) else list(source)
+        active = leading(plan, sources, target)
         if not active:
-            raise ValueError(f"{target} does not depend on {source} through a step of the plan")
-        double = (values[source] if source in values else inputs[source]).dtype == np.float64
+            raise ValueError(f"{target} does not depend on {sources[0]} through a step of the plan")
+        ops, inputs, values = plan.run()
+        found = inputs | values
+        if double is None:
+            double = any(found[slot].dtype == np.float64 for slot in sources if slot in found)
         with jax.enable_x64(True) if double else contextlib.nullcontext():
             dtype = jnp.float64 if double else jnp.float32
             ops = [_cast(op, dtype) for op in ops]
-            return cls(plan, ops, [], active, _frozen(plan, active, inputs, values, dtype)), inputs | values
+            return cls(plan, ops, [], active, _frozen(plan, active, inputs, values, dtype)), found
 
     @classmethod
     def towards(cls, plan: Plan, target: Slot, knobs: str | Iterable[str] | None = None) -> Program:
@@ -222,9 +227,10 @@ def _active(plan: Plan, learned: Iterable[str]) -> list[int]:
     return _touched(plan, 0, set(), owners)[0]
 
 
-def _leading(plan: Plan, source: Slot, target: Slot, first: int) -> list[int]:
-    """The steps from `first` on through which the target depends on the source."""
-    touched, moving = _touched(plan, first, {source}, set())
+def leading(plan: Plan, sources: Sequence[Slot], target: Slot) -> list[int]:
+    """The steps through which the target depends on the sources, as their last writers leave them."""
+    last = max((i for i, s in enumerate(plan.steps) for w in s.writes if w.slot in sources), default=-1)
+    touched, moving = _touched(plan, last + 1, set(sources), set())
     return _resting(plan, touched, {target} & moving)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from helpers import QUICK, allowed_direction, called, directional_fd
+from helpers import QUICK, allowed_direction, called, directional_fd, enlarged, largest_array
 from scdiffx import ops
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -132,3 +132,71 @@ def test_fewer_cells_than_components() -> None:
     graph = curve_graph(12)
     assert called(ops.DiffusionMap(), graph).eigenvectors.shape == (12, 11)
     assert bool(jnp.isfinite(called(ops.Pseudotime(), graph, jnp.asarray(0)).pseudotime).all())
+
+
+@functools.cache
+def weighed(w: float) -> tuple[ops.PseudotimeResult, np.ndarray, np.ndarray]:
+    """Pseudotime where three cells have another weight than 1, and the graph of the others."""
+    graph = curve_graph(120)
+    gone = np.array([30, 31, 77])
+    weights = np.ones(120)
+    weights[gone] = w
+    result = called(ops.Pseudotime(n_dcs=6, n_comps=8), graph, jnp.asarray(4), None, jnp.asarray(weights))
+    keep = np.setdiff1d(np.arange(120), gone)
+    return result, keep, graph.to_scipy().toarray()[np.ix_(keep, keep)]
+
+
+@pytest.mark.parametrize(("w", "far"), [(0.0, 1e-8), (1e-7, 1e-8), (1e-5, 1e-5)])
+def test_without_weight_cells_are_as_if_they_were_not_there(w: float, far: float) -> None:
+    result, keep, others = weighed(w)
+    expected = dense_distance(others, 4, 6)
+    np.testing.assert_allclose(np.asarray(result.distance)[keep], expected, atol=far * expected.max())
+    vectors = np.linalg.eigh(dense_transitions(others))[1][:, ::-1][:, :6]
+    overlap = np.abs((np.asarray(result.eigenvectors)[keep, :6] * vectors).sum(0))
+    assert overlap.min() > 1 - far
+    own = np.delete(np.asarray(result.pseudotime), keep)
+    assert np.isinf(own).all() if w < 1e-6 else np.isfinite(own).all()
+    # Not so by weights of edges alone, which densities cancel.
+    scaled = np.ones(120)
+    scaled[[30, 31, 77]] = 0.5
+    edges = curve_graph(120).to_scipy().toarray() * np.outer(scaled, scaled)
+    halved = dense_distance(edges, 4, 6)
+    assert np.abs(halved / halved.max() - result.pseudotime)[keep].max() > 1e-3
+
+
+def test_a_whole_weight_is_a_number_of_cells() -> None:
+    """Weight 2 is the cell twice; a cell's own weight does not move its own pseudotime but by way of the others."""
+    graph = curve_graph(120).to_scipy().toarray()
+    twice = np.r_[np.arange(120), 77]
+    weights = np.ones(120)
+    weights[77] = 2
+    found = called(ops.Pseudotime(n_dcs=6, n_comps=8), curve_graph(120), jnp.asarray(4), None, jnp.asarray(weights))
+    expected = dense_distance(graph[np.ix_(twice, twice)], 4, 6)
+    np.testing.assert_allclose(found.distance, expected[:120], atol=1e-7 * expected.max())
+
+
+@pytest.mark.slow
+def test_derivatives_of_components_in_weights() -> None:
+    graph = curve_graph(120)
+    rng = np.random.default_rng(0)
+    weights, side, step = rng.uniform(0.3, 1.5, 120), rng.normal(size=120), rng.normal(size=120)
+
+    def moved(w: jax.Array) -> jax.Array:
+        result = ops.DiffusionMap(n_comps=6)(graph, None, w)
+        return (result.eigenvectors[:, 1:4] ** 2 * side[:, None]).sum() + result.eigenvalues[1]
+
+    both = jax.jit(jax.value_and_grad(moved), compiler_options=QUICK)
+    exact = float((both(jnp.asarray(weights))[1] * step).sum())
+    numeric = directional_fd(lambda w: both(w)[0], jnp.asarray(weights), jnp.asarray(step), (1e-5, 1e-6))
+    np.testing.assert_allclose(numeric, exact, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_derivatives_in_weights_take_memory_linear_in_the_cells() -> None:
+    def slopes(graph: ops.Graph, weights: jax.Array) -> jax.Array:
+        return jax.grad(lambda w: ops.Pseudotime(n_dcs=6, n_comps=8)(graph, 4, None, w).pseudotime.sum())(weights)
+
+    args = (curve_graph(120), jnp.ones(120))
+    few, many = (largest_array(slopes, *enlarged(args, {120: n})) for n in (25_000, 50_000))
+    assert many < 2.5 * few
+    assert many < 200 * 50_000

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import spsolve
 
 import scdiffx as sd
-from helpers import QUICK, called
+from helpers import QUICK, called, directional_fd
 from scdiffx import ops
 
 STATES = ["CD14+ Monocyte", "CD19+ B", "CD56+ NK"]
@@ -389,3 +389,59 @@ def test_known_fates_of_endocrine_cells(data_dir: Path) -> None:
     assert (np.array(found) > [0.95, 0.7, 0.95, 0.95]).all()
     sd.tl.fate_probabilities(adata, groupby="clusters")
     assert set(adata.uns["fate"]["names"]) == {"Alpha", "Beta", "Delta"}
+
+
+def sixty_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A random graph, pseudotime and terminal cells."""
+    rng = np.random.default_rng(0)
+    upper = np.triu(rng.uniform(size=(60, 60)) * (rng.uniform(size=(60, 60)) < 0.2), 1)
+    terminal = np.full(60, -1)
+    terminal[[40, 58, 59]], terminal[[50, 51]] = 0, 1
+    return upper + upper.T, np.linspace(0, 1, 60), terminal
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scheme", ["soft", pytest.param("hard", marks=pytest.mark.slow)])
+def test_without_weight_cells_are_as_if_they_were_not_there(scheme: str) -> None:
+    graph, time, terminal = sixty_cells()
+    gone, keep = [20, 59], np.delete(np.arange(60), [20, 59])
+    weights = np.ones(60)
+    weights[gone] = 0
+    args = (
+        ops.Graph.from_scipy(sp.csr_matrix(graph)),
+        jnp.asarray(terminal, jnp.int32),
+        jnp.asarray(time),
+        jnp.asarray(weights),
+    )
+    found = called(ops.FateProbabilities(scheme=scheme).init(*args), *args)
+    others = sp.csr_matrix(graph[np.ix_(keep, keep)])
+    steps = soft_by_hand(others, time[keep], 10, 0.5) if scheme == "soft" else hard_by_hand(others, time[keep], 0.3)
+    expected = solved_directly(steps, terminal[keep])
+    np.testing.assert_allclose(np.asarray(found.probabilities)[keep], expected, atol=1e-8)
+    mean = expected.mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        raw = np.nansum(expected * np.log(expected / mean), 1)
+    priming = (raw - raw.min()) / np.ptp(raw)
+    np.testing.assert_allclose(np.asarray(found.priming)[keep], priming, atol=1e-7)
+    # A cell of weight 0 still has a way to go.
+    assert float(found.probabilities[20].sum()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_derivatives_in_weights() -> None:
+    graph, time, terminal = sixty_cells()
+    args = ops.Graph.from_scipy(sp.csr_matrix(graph)), jnp.asarray(terminal, jnp.int32), jnp.asarray(time)
+    op = ops.FateProbabilities().init(*args)
+    rng = np.random.default_rng(1)
+    weights, step, side = rng.uniform(0.3, 1.5, 60), rng.normal(size=60), rng.normal(size=60)
+
+    def moved(w: jax.Array) -> jax.Array:
+        found = op(*args, w)
+        return (found.probabilities[:, 0] * side).sum() + (found.priming * side).sum()
+
+    both = jax.jit(jax.value_and_grad(moved), compiler_options=QUICK)
+    exact = float((both(jnp.asarray(weights))[1] * step).sum())
+    numeric = directional_fd(lambda w: both(w)[0], jnp.asarray(weights), jnp.asarray(step), (1e-3, 3e-4))
+    assert abs(exact) > 1e-2
+    np.testing.assert_allclose(numeric, exact, rtol=1e-3)

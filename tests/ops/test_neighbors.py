@@ -9,9 +9,11 @@ import pytest
 import scipy.sparse as sp
 from scipy.spatial.distance import cdist
 
-from helpers import called
+from helpers import QUICK, called
 from scdiffx import ops
 from scdiffx._core.fields import replace
+from scdiffx._core.graph import Graph
+from scdiffx.ops._neighbors import replacements
 
 pytestmark = pytest.mark.usefixtures("x64")
 CELLS, K = 250, 12
@@ -131,3 +133,41 @@ def test_impossible_settings(points: np.ndarray) -> None:
             ops.Neighbors(n_neighbors=k).init(z)
     with pytest.raises(ValueError, match="init"):
         ops.Neighbors()(z)
+
+
+@pytest.mark.slow
+def test_replacements_are_the_graph_without_a_cell() -> None:
+    z = np.random.default_rng(0).normal(size=(60, 3))
+    op = ops.Neighbors(n_neighbors=7)
+    base = op.init(jnp.asarray(z))
+    found = replacements(base, jnp.asarray(z))
+    assert found is not None
+    p, k = found.graph.pattern, 6
+    same = found.graph.to_scipy() - called(base, jnp.asarray(z)).connectivities.to_scipy()
+    assert abs(same).max() < 1e-12
+    cotangent = np.random.default_rng(1).normal(size=p.indices.shape)
+    effect = np.asarray(jax.jit(type(found).effect, compiler_options=QUICK)(found, jnp.asarray(cotangent)))
+    columns, lists = np.asarray(p.indices)[:60, : k + 1], np.asarray(found.indices)
+    for gone in (4, 31):
+        step = np.zeros((60, 60))
+        for j, at in zip(*np.nonzero(lists == gone), strict=True):
+            step[j, columns[j]] += np.asarray(found.change)[j, at]
+        assert not step[:, gone].any()
+
+        def union(t: float, step: np.ndarray = step) -> np.ndarray:
+            own = Graph(p, found.directed).to_scipy().toarray() + t * step
+            return own + own.T - own * own.T
+
+        others = np.delete(np.arange(60), gone)
+        anew = called(op.init(jnp.asarray(z[others])), jnp.asarray(z[others])).connectivities
+        np.testing.assert_allclose(union(1)[np.ix_(others, others)], anew.to_scipy().toarray(), atol=1e-6)
+        side = Graph(p, jnp.asarray(cotangent * np.asarray(p.valid))).to_scipy().toarray()
+        slope = ((union(1e-6) - union(-1e-6)) * side).sum() / 2e-6
+        assert abs(slope) > 1e-2
+        assert effect[gone] == pytest.approx(slope, rel=1e-6)
+
+
+def test_there_are_no_replacements_without_a_next_neighbor() -> None:
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)), jnp.float32)
+    for op in (ops.Neighbors(n_neighbors=20), ops.Neighbors(n_neighbors=5, method="gauss")):
+        assert replacements(op.init(z), z) is None

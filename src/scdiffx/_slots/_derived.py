@@ -39,6 +39,14 @@ class Labels(Given):
         return jnp.asarray(self.value, jnp.int32)
 
 
+@dataclass(frozen=True, eq=False)
+class Weights(Labels):
+    """A number for each cell in double precision, passed by the caller; read-only."""
+
+    def read(self, adata: Any) -> Any:
+        return jnp.asarray(self.value, jnp.float64)
+
+
 class Part(Ordered):
     """A part of another slot, `of`; read-only."""
 

@@ -13,6 +13,7 @@ from scdiffx._core.chain import absorption, on_diagonal, row_normalized
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, columns_to_slots, rows_to_slots
 from scdiffx._core.precision import in_double
+from scdiffx.ops._diffusion import counted
 
 __all__ = ["PRIMINGS", "SCHEMES", "FateProbabilities", "FateProbabilitiesResult"]
 
@@ -47,6 +48,9 @@ class FateProbabilities:
     `frac_to_keep` strongest of each cell (Setty et al. 2019), and with None the weights are taken as they are: for
     undirected walks, or transition matrices from elsewhere. It ends in terminal cells, numbered by fate from 0 and -1
     elsewhere. Cells without finite pseudotime have no direction.
+
+    With `weights`, steps to cell j are ``weights[j]`` times as likely: none to a cell of weight 0 (below 1e-6), so
+    that the others' fates are those of the graph without it, and its own are where it would go.
     """
 
     b: float | Array | None = learnable(default=10.0, constraint="positive")
@@ -62,6 +66,7 @@ class FateProbabilities:
         graph: Graph,
         terminal: Int[Array, " cells"],
         pseudotime: Float[Array, " cells"] | None = None,
+        weights: Float[Array, " cells"] | None = None,
         key: Array | None = None,
     ) -> FateProbabilities:
         op = replace(self, b=None, nu=None)
@@ -69,11 +74,17 @@ class FateProbabilities:
             # Arrays of the graph's type: a fit that moves them compiles nothing anew.
             op = replace(self, b=jnp.asarray(self.b, graph.dtype), nu=jnp.asarray(self.nu, graph.dtype))
         if self.scheme == "hard":
-            op = replace(op, close=jnp.asarray(_closest(graph, self.frac_to_keep)))
+            op = replace(op, close=jnp.asarray(_closest(_weighted(graph, weights), self.frac_to_keep)))
         return replace(op, n_fates=int(np.asarray(terminal).max()) + 1)
 
-    def transitions(self, graph: Graph, pseudotime: Float[Array, " cells"] | None = None) -> Graph:
+    def transitions(
+        self,
+        graph: Graph,
+        pseudotime: Float[Array, " cells"] | None = None,
+        weights: Float[Array, " cells"] | None = None,
+    ) -> Graph:
         """The transition matrix: rows sum to 1, or are empty."""
+        graph = _weighted(graph, weights)
         if self.scheme is None:
             return row_normalized(graph)
         if pseudotime is None:
@@ -96,25 +107,38 @@ class FateProbabilities:
         return row_normalized(graph.with_values((graph.values * weight).astype(graph.dtype)))
 
     def __call__(
-        self, graph: Graph, terminal: Int[Array, " cells"], pseudotime: Float[Array, " cells"] | None = None
+        self,
+        graph: Graph,
+        terminal: Int[Array, " cells"],
+        pseudotime: Float[Array, " cells"] | None = None,
+        weights: Float[Array, " cells"] | None = None,
     ) -> FateProbabilitiesResult:
         if self.n_fates is None:
             raise ValueError("FateProbabilities needs the number of fates: call `op = op.init(...)` first")
         # Walks that are held for long make the derivative a sum of huge terms that cancel.
-        return _fates(self, graph, terminal, pseudotime)
+        return _fates(self, graph, terminal, pseudotime, weights)
+
+
+def _weighted(graph: Graph, weights: Array | None) -> Graph:
+    """Edges times the weights of the cells that they lead to."""
+    if weights is None:
+        return graph
+    return graph.with_values(graph.values * columns_to_slots(graph.pattern, counted(weights)))
 
 
 @in_double
-def _fates(op: FateProbabilities, graph: Graph, terminal: Array, pseudotime: Array | None) -> FateProbabilitiesResult:
+def _fates(
+    op: FateProbabilities, graph: Graph, terminal: Array, pseudotime: Array | None, weights: Array | None
+) -> FateProbabilitiesResult:
     # Steps that stay change no fate, but hold walks so long that the system would be hard to solve.
     moving = graph.with_values(jnp.where(on_diagonal(graph.pattern), 0, graph.values))
-    found = absorption(op.transitions(moving, pseudotime), terminal, op.n_fates)
+    found = absorption(op.transitions(moving, pseudotime, weights), terminal, op.n_fates)
     defined = found.reaches.any(1)
     # Rounding leaves tiny negative numbers where the chance is tiny.
     chance = jnp.where(found.reaches, jnp.maximum(found.probabilities, 0), 0)
     absorbed = chance.sum(1)
     share = chance / jnp.where(absorbed > 0, absorbed, 1)[:, None]
-    priming = _priming(share, defined, op.priming)
+    priming = _priming(share, defined, op.priming, weights)
     return FateProbabilitiesResult(
         jnp.where(defined[:, None], share, jnp.nan),
         jnp.where(defined, priming, jnp.nan),
@@ -140,13 +164,19 @@ def _closest(graph: Graph, fraction: float) -> np.ndarray:
     return close
 
 
-def _priming(share: Array, defined: Array, method: str) -> Array:
-    """Divergence from the average fate, or the lack of entropy, brought to [0, 1] over the cells."""
+def _priming(share: Array, defined: Array, method: str, weights: Array | None) -> Array:
+    """Divergence from the average fate, or the lack of entropy, brought to [0, 1] over the cells that count."""
     seen = defined[:, None].astype(share.dtype)
-    mean = (share * seen).sum(0) / jnp.maximum(seen.sum(), 1)
+    if weights is None:
+        mean = (share * seen).sum(0) / jnp.maximum(seen.sum(), 1)
+    else:
+        defined = defined & (counted(weights) > 0)
+        seen = seen * counted(weights)[:, None]
+        mean = (share * seen).sum(0) / jnp.where(seen.sum() > 0, seen.sum(), 1)
     possible = share > 0
     reference = mean if method == "kl_divergence" else jnp.ones_like(mean)
     ratio = jnp.where(possible, share / jnp.where(reference > 0, reference, 1), 1)
     raw = (share * jnp.log(ratio)).sum(1)
     low, high = jnp.where(defined, raw, jnp.inf).min(), jnp.where(defined, raw, -jnp.inf).max()
-    return jnp.where(high > low, (raw - low) / jnp.where(high > low, high - low, 1), 0)
+    scaled = jnp.where(high > low, (raw - low) / jnp.where(high > low, high - low, 1), 0)
+    return scaled if weights is None else jnp.clip(scaled, 0, 1)

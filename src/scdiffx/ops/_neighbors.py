@@ -16,7 +16,7 @@ from scdiffx._core.graph import Graph, Pattern, columns_to_slots, flip, rows_to_
 from scdiffx._core.knn import nearest
 from scdiffx._core.random import as_seed
 
-__all__ = ["DIFFERENTIABLE_METRICS", "KERNELS", "Neighbors", "NeighborsResult"]
+__all__ = ["DIFFERENTIABLE_METRICS", "KERNELS", "Neighbors", "NeighborsResult", "Replacements", "replacements"]
 
 KERNELS = ("umap", "gauss")
 DIFFERENTIABLE_METRICS = ("euclidean", "cosine", "correlation")
@@ -56,7 +56,7 @@ class Neighbors:
             raise ValueError(f"method={self.method!r} is not available. Available: {list(KERNELS)}")
         if not 2 <= self.n_neighbors <= z.shape[0]:
             raise ValueError(f"n_neighbors={self.n_neighbors} must lie between 2 and the number of cells {z.shape[0]}")
-        z = _dense(z)
+        z = dense(z)
         if self.search is not None:
             indices, distances = self.search(np.asarray(z))
         else:
@@ -75,7 +75,7 @@ class Neighbors:
     def __call__(self, z: Matrix) -> NeighborsResult:
         if self.pattern is None or self.indices is None:
             raise ValueError("Neighbors needs the neighbour search: call `op = op.init(z)` first")
-        z = _dense(z)
+        z = dense(z)
         k = self.indices.shape[1]
         if self.measured is None:
             squared = _edge_distances(self.pattern, z, self.metric)
@@ -89,7 +89,58 @@ class Neighbors:
         return NeighborsResult(self.indices, _safe_sqrt(own), Graph(self.pattern, values))
 
 
-def _dense(z: Matrix) -> Float[Array, "cells dims"]:
+class Replacements(NamedTuple):
+    """What neighbour lists become when a cell is left out: the next nearest takes its place, and scales adapt.
+
+    `graph`: the graph, in which the next nearest have slots too, at 0. `indices` (cells, k): the neighbours;
+    `directed`: strengths from a cell's own side, on the slots; `change` (cells, k, k + 1): by how much those of the
+    neighbours and of the next nearest change when one is left out, 0 for itself.
+    """
+
+    graph: Graph
+    indices: Int[Array, "cells k"]
+    directed: Float[Array, "rows width"]
+    change: Float[Array, "cells k k_and_one"]
+
+    def effect(self, cotangent: Float[Array, "rows width"]) -> Float[Array, " cells"]:
+        """The change, to first order, of what has this derivative in the graph's values, for each cell left out.
+
+        By way of the edges between the others alone.
+        """
+        p, (n, k) = self.graph.pattern, self.indices.shape
+        both = cotangent * p.valid
+        slope = ((both + flip(p, both)) * (1 - flip(p, self.directed)))[:n, : k + 1]
+        return jnp.zeros(n, slope.dtype).at[self.indices].add(jnp.einsum("jcb,jb->jc", self.change, slope))
+
+
+def replacements(op: Neighbors, z: Matrix) -> Replacements | None:
+    """The replacements of an operator after `init`; None if the next nearest is not known, or for other kernels."""
+    if op.method != "umap" or op.search is not None or op.n_neighbors >= z.shape[0] or op.indices is None:
+        return None
+    z = dense(z)
+    lists, k = np.asarray(op.indices), op.indices.shape[1]
+    found, distances = nearest(np.asarray(z), op.n_neighbors + 1, metric=op.metric, seed=0)
+    # A randomised search may find others: the nearest that is not among the neighbours.
+    known = (found[:, 1:, None] == lists[:, None, :]).any(2)
+    at = 1 + np.argmin(known, axis=1)
+    rows = np.arange(len(lists))
+    indices = np.concatenate([lists, found[rows, at][:, None]], 1)
+    own = np.asarray(jax.jit(lambda op, z: op(z).distances)(op, z))
+    distance = np.concatenate([own, distances[rows, at][:, None].astype(own.dtype)], 1)
+    strengths = jax.jit(_strengths)
+    strength = np.pad(np.asarray(strengths(distance[:, :k], op.bandwidth)), ((0, 0), (0, 1)))
+    change = np.zeros((len(lists), k, k + 1), own.dtype)
+    for gone in range(k):
+        kept = np.delete(np.arange(k + 1), gone)
+        change[:, gone, kept] = np.asarray(strengths(distance[:, kept], op.bandwidth)) - strength[:, kept]
+    pattern = Pattern(*(jnp.asarray(a) for a in Pattern.from_neighbors(indices)))
+    directed = np.zeros(pattern.indices.shape, own.dtype)
+    directed[: len(lists), : k + 1] = strength
+    graph = Graph(pattern, jax.jit(_union)(pattern, jnp.asarray(directed)))
+    return Replacements(graph, jnp.asarray(lists), jnp.asarray(directed), jnp.asarray(change))
+
+
+def dense(z: Matrix) -> Float[Array, "cells dims"]:
     return map_rows(z, lambda block: block) if isinstance(z, Counts) else z
 
 
@@ -113,18 +164,25 @@ def _safe_sqrt(squared: Array) -> Array:
 
 
 def _fuzzy_union(p: Pattern, squared: Array, own: Array, bandwidth: float | Array) -> Array:
-    distance = _safe_sqrt(own)
+    n, k = own.shape
+    strength = _strengths(_safe_sqrt(own), bandwidth)
+    return _union(p, jnp.zeros(squared.shape, squared.dtype).at[:n, :k].set(strength.astype(squared.dtype)))
+
+
+def _union(p: Pattern, directed: Array) -> Array:
+    other = flip(p, directed)
+    return directed + other - directed * other
+
+
+def _strengths(distance: Array, bandwidth: float | Array) -> Array:
+    """How strongly each cell is joined to its neighbours, from its own side."""
     nearest_other, scale = _umap_scales(distance)
     excess = jnp.maximum(distance - nearest_other[:, None], 0)
     scale = scale * bandwidth
     # A cell all of whose neighbours sit on it has no scale: they are then joined with weight 1, as in UMAP.
     apart = (excess > 0) & (scale > 0)[:, None]
     scaled = jnp.where(apart, excess, 0) / jnp.where(apart, scale[:, None], 1)
-    strength = jnp.where(apart, jnp.exp(-scaled), 1)
-    n, k = own.shape
-    directed = jnp.zeros(squared.shape, squared.dtype).at[:n, :k].set(strength.astype(squared.dtype))
-    other = flip(p, directed)
-    return directed + other - directed * other
+    return jnp.where(apart, jnp.exp(-scaled), 1)
 
 
 def _umap_scales(distance: Array) -> tuple[Array, Array]:

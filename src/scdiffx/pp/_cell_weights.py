@@ -64,7 +64,8 @@ def cell_weights(
 
     Notes
     -----
-    In a plan the cut-offs and the temperature can be learned.
+    `sd.tl.diffmap`, `sd.tl.pseudotime` and `sd.tl.fate_probabilities` take the column as `weights`. In a plan the
+    cut-offs and the temperature can be learned.
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if not (math.isfinite(temperature) and temperature > 0):

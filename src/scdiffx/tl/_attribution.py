@@ -121,7 +121,7 @@ def attribution(
     if n_probes < 1:
         raise ValueError(f"n_probes={n_probes!r} must be at least 1")
     seed = as_seed(one_rng(rng, random_state))
-    names, member = _groups(data, groupby, groups)
+    names, member = groups_of(data, groupby, groups)
     timer = Timer(f"computing attribution of {target}")
     if plan is None:
         x, y = _cast_read(X(layer), data), _target(data, target, column)
@@ -144,7 +144,7 @@ def result_key(prefix: str, target: str, column: int | str | None) -> str:
     return f"{prefix}_{name}".replace("/", "|")
 
 
-def _groups(data: AnnData, groupby: str | None, groups: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
+def groups_of(data: AnnData, groupby: str | None, groups: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
     """Names of the groups, and which cells they have (cells, groups)."""
     if groupby is None:
         if groups is not None:

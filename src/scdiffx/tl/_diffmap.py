@@ -7,7 +7,7 @@ import numpy as np
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
-from scdiffx._slots import Connectivities, Obsm, Uns
+from scdiffx._slots import Connectivities, Obs, Obsm, Uns, available
 from scdiffx._steps import Plan, Step, Write, apply, public
 from scdiffx.ops._diffusion import SINGLE_TOL
 
@@ -24,12 +24,36 @@ def warn_unconverged(op: Any, result: Any) -> None:
         )
 
 
+def weights_of(adata: AnnData | Plan, weights: str | None) -> Obs | None:
+    """The column with the weights of cells, checked where it is there already."""
+    if weights is None:
+        return None
+    slot = Obs(weights)
+    if isinstance(adata, Plan) and adata.writes(slot):
+        return slot
+    data: Any = adata.adata if isinstance(adata, Plan) else adata
+    if not slot.exists(data):
+        raise KeyError(f"weights={weights!r} is not in `adata.obs`. Available: {available(data.obs)}")
+    column = data.obs[weights]
+    if column.dtype.kind not in "fiub":
+        raise TypeError(f"weights={weights!r}: `adata.obs[{weights!r}]` holds {column.dtype}, not numbers")
+    values = column.to_numpy(np.float64)
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"weights={weights!r}: the weight {values[bad[0]]} of cell {data.obs_names[bad[0]]!r} is not a finite "
+            "number of at least 0"
+        )
+    return slot
+
+
 @public
 def diffmap(
     adata: AnnData | Plan,
     n_comps: int = 15,
     *,
     neighbors_key: str = "neighbors",
+    weights: str | None = None,
     random_state: Any = None,
     copy: bool = False,
     rng: Any = None,
@@ -47,6 +71,10 @@ def diffmap(
         Number of components, the stationary one included.
     neighbors_key
         Key of `adata.uns` that describes the graph.
+    weights
+        Column of `obs` with a weight of at least 0 for each cell, such as "cell_weight" of `sd.pp.cell_weights`: as how
+        many cells it counts in densities and walks. A cell of weight 0 (below 1e-6) is as if it were not there; its own
+        components are 0. By default all cells count as 1. In a plan derivatives reach the weights.
     random_state, rng
         Accepted for compatibility; give at most one.
     copy
@@ -63,8 +91,12 @@ def diffmap(
 
     Raises
     ------
+    KeyError
+        If there is no column `weights`.
+    TypeError
+        If it does not hold numbers.
     ValueError
-        If there is no neighbour graph, or `n_comps` is below 3.
+        If there is no neighbour graph, `n_comps` is below 3, or a weight is negative or not finite.
 
     References
     ----------
@@ -77,7 +109,7 @@ def diffmap(
     step = Step(
         "diffmap",
         ops.DiffusionMap(n_comps=n_comps, tol=None if isinstance(adata, Plan) else SINGLE_TOL),
-        reads=(Connectivities(neighbors_key),),
+        reads=(Connectivities(neighbors_key), None, weights_of(adata, weights)),
         writes=(
             Write(Obsm("X_diffmap"), lambda op, result: result.eigenvectors, np.float32),
             Write(Uns("diffmap_evals"), lambda op, result: result.eigenvalues, np.float32),

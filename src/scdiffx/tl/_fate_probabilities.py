@@ -13,6 +13,7 @@ from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Obsp, Slot, Uns, available
 from scdiffx._steps import Plan, Step, Write, apply, public
 from scdiffx.ops._fate_probabilities import PRIMINGS, SCHEMES
+from scdiffx.tl._diffmap import weights_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -38,6 +39,7 @@ def fate_probabilities(
     transition_key: str | None = None,
     priming: str = "kl_divergence",
     neighbors_key: str = "neighbors",
+    weights: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Compute the probability of each cell to end in each terminal state.
@@ -75,6 +77,10 @@ def fate_probabilities(
         of it.
     neighbors_key
         Key of `adata.uns` that describes the graph.
+    weights
+        Column of `obs` with a weight of at least 0 for each cell, such as "cell_weight" of `sd.pp.cell_weights`: steps
+        to the cell are so many times as likely, and none lead to a cell of weight 0 (below 1e-6), whose own fates are
+        where it would go. By default all cells count as 1. In a plan derivatives reach the weights.
     copy
         Return a copy instead of writing to `adata`.
 
@@ -99,16 +105,18 @@ def fate_probabilities(
     ------
     KeyError
         If a group, cell, column or matrix does not exist.
+    TypeError
+        If pseudotime or weights are not numbers.
     ValueError
-        If there is no graph, states are empty, overlap, or leave no cell, a number is out of range, or no state was
-        found.
+        If there is no graph, states are empty, overlap, or leave no cell, a number is out of range, a weight is
+        negative or not finite, or no state was found.
 
     Notes
     -----
     Terminal states are looked for as in Palantir: cells that hold an outlying share of the walks (on the "hard" scheme,
     whatever the other), joined to states by their connections, of at least 5 cells and later than the median cell; 30
     cells of each are terminal. The length of the walks (20 steps) was chosen on two data sets. Check the result, or
-    give the states. In a plan they have to be given.
+    give the states. In a plan and with weights they have to be given.
 
     Fates directed by velocity: ``sd.tl.velocity(adata)``, ``sd.tl.velocity_graph(adata)``,
     ``sd.tl.transition_matrix(adata, weight_connectivities=0.2)``, and this function with
@@ -143,9 +151,12 @@ def fate_probabilities(
         )
     if time is not None and time.exists(data):
         _check_time(data, time_key)
+    weighted = weights_of(adata, weights)
     if terminal_states is None:
         if isinstance(adata, Plan):
             raise ValueError("terminal_states=None: in a plan the terminal states have to be given")
+        if weights is not None:
+            raise ValueError(f"terminal_states=None: with weights={weights!r} the terminal states have to be given")
         names, codes = _found(data, groupby, graph, time, frac_to_keep, neighbors_key)
     else:
         names, codes = _given(data, terminal_states, groupby)
@@ -155,6 +166,7 @@ def fate_probabilities(
         **({"threshold_scheme": scheme, "time_key": time_key} if scheme is not None else {}),
         **({"frac_to_keep": frac_to_keep} if scheme == "hard" else {}),
         **({"b": b, "nu": nu} if scheme == "soft" else {}),
+        **({"weights": weights} if weights is not None else {}),
         "priming": priming,
     }
 
@@ -179,7 +191,7 @@ def fate_probabilities(
     step = Step(
         "fate_probabilities",
         ops.FateProbabilities(b=float(b), nu=float(nu), scheme=scheme, frac_to_keep=frac_to_keep, priming=priming),
-        reads=(graph, Labels(codes), time),
+        reads=(graph, Labels(codes), time, weighted),
         writes=(
             Write(Obsm("lineages_fwd", tuple(names)), lambda op, result: result.probabilities, np.float64),
             Write(Obs("priming_degree_fwd"), lambda op, result: result.priming, np.float64),

@@ -1,4 +1,4 @@
-"""How an output of a plan moves with the settings of its steps."""
+"""How an output of a plan moves with the settings of its steps, and without some of its cells."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from scdiffx._program import Program
 from scdiffx._slots import Obs, Obsm, Slot, Uns, write_all
 from scdiffx._steps import Plan, analysis
 from scdiffx.tl._attribution import column_of, result_key
+from scdiffx.tl._leave_out import table_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -30,14 +31,17 @@ def influence(
     target: str,
     *,
     knobs: str | Sequence[str] | None = None,
+    leave_out: str | None = None,
+    groupby: str | None = None,
     column: int | str | None = None,
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Say how an output of a plan moves, cell by cell, with each setting that is a single number.
+    """Say how an output of a plan moves with each setting that is a single number, or as cells are left out.
 
-    The derivative of the target in a parameter, in units of the target per unit of the parameter, by central
-    differences of the plan with everything held that it finds once.
+    For settings: the derivative of each cell's target in a parameter, in units of the target per unit of the parameter,
+    by central differences of the plan with everything held that it finds once. For cells: the change of the mean target
+    of groups of cells when a cell, or all of a sample, is left out.
 
     Parameters
     ----------
@@ -48,10 +52,15 @@ def influence(
     knobs
         Learnable parameters as "step.field", such as "neighbors.bandwidth", "normalize_total.target_sum" or
         "fate_probabilities.b", or names of steps. By default all that are single numbers and lead to the target.
+    leave_out
+        "cells" to leave out each cell, or a column of `obs`, such as sample or batch, to leave out each of its levels.
+    groupby
+        With `leave_out`: column of `obs` with the groups whose mean target is looked at. By default that of all cells.
     column
         Which column of an `obsm` entry: a number, or the name of a fate.
     key_added
-        Key of `obsm` and `uns`; by default "influence", target and column (if any), joined by underscores.
+        Key of `obsm` and `uns`; by default "influence", target, column and what is left out (if any), joined by
+        underscores.
     copy
         Return a copy instead of writing to the plan's AnnData.
 
@@ -64,14 +73,31 @@ def influence(
     `adata.uns["influence_<target>" | key_added]` : dict
         `params`, and `values`: at which value of each knob.
 
+    With ``leave_out="cells"``:
+
+    `adata.obsm["influence_<target>_cells" | key_added]` : DataFrame (cells x groups)
+        Change of each group's mean, float64, in units of the target, if the cell is left out. NaN for cells without
+        which the target is not defined: the root, and the only terminal cell of a fate.
+    `adata.uns["influence_<target>_cells" | key_added]` : dict
+        `params`.
+
+    With another column:
+
+    `adata.uns["influence_<target>_<leave_out>" | key_added]` : dict
+        `params`, and `change`: DataFrame (levels x groups). NaN for levels that hold the root or all terminal cells of
+        a fate, and for groups of which nothing is left.
+
+    "/" in names of groups becomes "|".
+
     Raises
     ------
     TypeError
         If `adata` is not a plan.
     KeyError
-        If the plan does not write the target, or the column does not exist.
+        If the plan does not write the target, or a column does not exist.
     ValueError
-        If a knob is no learnable parameter, no single number, or does not lead to the target, or none does.
+        If a knob is no learnable parameter, no single number, or does not lead to the target, or none does; if cells
+        are to be left out and the target does not depend on weights of cells, or settings do not go together.
 
     Notes
     -----
@@ -85,21 +111,57 @@ def influence(
     do, not what the choices do. Settings after the search for neighbours predict small changes well; those before it,
     such as the target sum, do not, since new components and neighbours move the result by more. Soft fates jump where
     two cells change order in pseudotime. To see everything, run the plan with both settings.
+
+    *Leaving out* goes by weights of cells, which `sd.tl.diffmap`, `sd.tl.pseudotime` and `sd.tl.fate_probabilities`
+    take: at weight 0 they give the others what they give on the graph without the cell. The change for a cell is of
+    first order: minus the derivative in its weight, and where the plan finds the neighbours (by the default kernel and
+    search of `sd.pp.neighbors`) the derivative in the edges between others times what becomes of them as the next
+    nearest cell takes the place of the one left out. All cells come from one pass backwards for each group, through the
+    implicit derivatives of eigenvectors and absorption probabilities. What is computed before the neighbours, such as
+    components, is held, and so is a graph that the AnnData holds or that has another kernel or search. The cell's own
+    target, which does not depend on its own weight but by way of its neighbours, remains in the mean of its group.
+
+    A cell that alone has the largest or smallest pseudotime or priming sets their unit, of which a derivative knows
+    nothing: for those few, and for levels of a column, of whose change derivatives told little, what follows the
+    components is run anew without them, once for each, and means are over the cells that stay.
+
+    On paul15 derivatives predicted mean pseudotimes and fates of clusters that were run anew from the neighbours on
+    with correlations of .9 to .99, rather too small by a tenth to a half. With new components too they predicted
+    pseudotime without the most influential cells (.96), less that without others (.7), and not their fates: components
+    that are found anew move the result by more than one cell does.
     """
     if not isinstance(adata, Plan):
         raise TypeError("influence evaluates a plan anew: pass one from `sd.plan(adata)`, not an AnnData")
     slot = adata.slot(target)
     if not isinstance(slot, Obs | Obsm) or not adata.writes(slot):
         raise KeyError(f"target={target!r} is not written by the plan to `obs` or `obsm`")
+    if leave_out is None and groupby is not None:
+        raise ValueError(f"groupby={groupby!r} needs `leave_out=`: settings are told for each cell")
+    if leave_out is not None and knobs is not None:
+        raise ValueError(f"knobs={knobs!r} and leave_out={leave_out!r} exclude each other")
     timer = Timer(f"computing influence on {target}")
-    table, values = _differences(Program.towards(adata, slot, knobs), slot, target, column)
-    key = key_added if key_added is not None else result_key("influence", target, column)
-    table.index = adata.adata.obs_names.copy()
-    params = {"target": target, "step": _STEP} | ({} if column is None else {"column": column})
+    key = key_added if key_added is not None else _key(target, column, leave_out)
+    params = {"target": target} | ({} if column is None else {"column": column})
+    found: dict[Slot, Any]
+    if leave_out is None:
+        table, values = _differences(Program.towards(adata, slot, knobs), slot, target, column)
+        table.index = adata.adata.obs_names.copy()
+        found = {Obsm(key): table, Uns(key): {"params": params | {"step": _STEP}, "values": values}}
+    else:
+        table = table_of(adata, slot, target, column, leave_out, groupby)
+        params |= {"leave_out": leave_out} | ({} if groupby is None else {"groupby": groupby})
+        of_cells = leave_out == "cells"
+        found = {Obsm(key): table} if of_cells else {}
+        found[Uns(key)] = {"params": params} | ({} if of_cells else {"change": table})
     written = adata.adata.copy() if copy else adata.adata
-    write_all(written, {Obsm(key): table, Uns(key): {"params": params, "values": values}})
-    timer.done(f"{key!r} (adata.obsm)")
+    write_all(written, found)
+    timer.done(f"{key!r} (adata.{'obsm' if Obsm(key) in found else 'uns'})")
     return written if copy else None
+
+
+def _key(target: str, column: int | str | None, leave_out: str | None) -> str:
+    key = result_key("influence", target, column)
+    return key if leave_out is None else f"{key}_{leave_out}".replace("/", "|")
 
 
 def _differences(

@@ -9,7 +9,7 @@ from scdiffx import ops
 from scdiffx._slots import Connectivities, Given, Obs, Obsm, Slot, Uns
 from scdiffx._steps import Plan, Step, Write, apply, public
 from scdiffx.ops._diffusion import SINGLE_TOL
-from scdiffx.tl._diffmap import warn_unconverged
+from scdiffx.tl._diffmap import warn_unconverged, weights_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,6 +25,7 @@ def pseudotime(
     *,
     root: int | str | None = None,
     neighbors_key: str = "neighbors",
+    weights: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Order cells by diffusion pseudotime, their distance from a root cell along the graph.
@@ -43,6 +44,10 @@ def pseudotime(
         Index or name of the root cell; by default `adata.uns["iroot"]`.
     neighbors_key
         Key of `adata.uns` that describes the graph.
+    weights
+        Column of `obs` with a weight of at least 0 for each cell, such as "cell_weight" of `sd.pp.cell_weights`: as how
+        many cells it counts in densities and walks. A cell of weight 0 (below 1e-6) is as if it were not there, and
+        cannot be reached. By default all cells count as 1. In a plan derivatives reach the weights.
     copy
         Return a copy instead of writing to `adata`.
 
@@ -51,7 +56,7 @@ def pseudotime(
     None, or the copy. Sets:
 
     `adata.obs["dpt_pseudotime"]` : float32 (cells,)
-        Pseudotime in [0, 1]; infinite for cells that the root cannot reach.
+        Pseudotime in [0, 1]; infinite for cells that the root cannot reach, and for those of weight 0.
     `adata.obsm["X_diffmap"]` : float32 (cells, n_comps)
         Diffusion components, 15 or as many as were there.
     `adata.uns["diffmap_evals"]` : float32 (n_comps,)
@@ -61,8 +66,13 @@ def pseudotime(
 
     Raises
     ------
+    KeyError
+        If there is no column `weights`.
+    TypeError
+        If it does not hold numbers.
     ValueError
-        If there is no neighbour graph, no root, or the root is not a cell.
+        If there is no neighbour graph, no root, the root is not a cell or of weight 0, or a weight is negative or not
+        finite.
 
     References
     ----------
@@ -80,10 +90,15 @@ def pseudotime(
     def notes(op: ops.Pseudotime, result: ops.PseudotimeResult, args: Any) -> Mapping[Slot, Any]:
         return {Uns("iroot"): index}
 
+    def check(op: ops.Pseudotime, result: ops.PseudotimeResult) -> None:
+        if not np.isfinite(result.pseudotime[index]):
+            raise ValueError(f"weights={weights!r}: the root, cell {data.obs_names[index]!r}, has the weight 0")
+        warn_unconverged(op, result)
+
     step = Step(
         "pseudotime",
         ops.Pseudotime(n_dcs=n_dcs, n_comps=n_comps, tol=None if isinstance(adata, Plan) else SINGLE_TOL),
-        reads=(Connectivities(neighbors_key), Given(index), known if warm else None),
+        reads=(Connectivities(neighbors_key), Given(index), known if warm else None, weights_of(adata, weights)),
         writes=(
             Write(Obs("dpt_pseudotime"), lambda op, result: result.pseudotime, np.float32),
             Write(known, lambda op, result: result.eigenvectors, np.float32),
@@ -91,7 +106,7 @@ def pseudotime(
         ),
         message=f"computing Diffusion Pseudotime using n_dcs={n_dcs}",
         notes=notes,
-        check=warn_unconverged,
+        check=check,
         precise=True,
         compiled=False,
     )

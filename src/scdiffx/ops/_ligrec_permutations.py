@@ -166,9 +166,7 @@ def _everywhere(
     reached = np.zeros(len(tests.observed), int)
     for size in _blocks(n_perms, max(len(member), int(needed.sum()))):
         order = np.ascontiguousarray(_orders(rng, strata, size).T)
-        reached += at.reached(
-            np.concatenate([part @ own[order] for part, own in zip(parts, member.T, strict=True)])
-        )
+        reached += at.reached(np.concatenate([part @ own[order] for part, own in zip(parts, member.T, strict=True)]))
     return reached, n_perms
 
 

@@ -146,7 +146,6 @@ def ligrec(
         "complex_policy": complex_policy,
         "threshold": float(threshold),
         "n_perms": n_perms,
-        "layer": layer,
         "random_state": seed,
         "interactions": len(pairs),
     }

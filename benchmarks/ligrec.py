@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ligrec.py --peer PYTHON [--data ../shared/data] [--n 50000] [--json out.json]
 
-`--peer` is a Python with squidpy 1.8.2 and liana 1.10.0; it runs first, then this one, each alone and on one thread. Agreement
-and time: soupx_pbmc (2,170 cells, six groups), counts scaled to 10,000 and log1p, two resources of liana's table, 1,000
-permutations; seconds of processor time of the second call of the whole function, and of 1,000 permutations more.
-p-values are compared as shares k / n, in units of the standard error of their difference. liana's complexes are those
-of "group_min"; it tests pairs expressed by a tenth of the cells.
+`--peer` is a Python with squidpy 1.8.2 and liana 1.10.0; it runs first, then this one, each alone and on one thread.
+Agreement and time: soupx_pbmc (2,170 cells, six groups), counts scaled to 10,000 and log1p, two resources of liana's
+table, 1,000 permutations; seconds of processor time of the first and second call of the whole function, and of 1,000
+permutations more. p-values are compared as shares k / n, in units of the standard error of their difference. liana's
+complexes are those of "group_min"; it tests pairs expressed by a tenth of the cells.
 
 The null: shares of p-values below a level of 20 shuffled labels of the blood cells; of 20 of osmfish_cortex with
 neighbours, for which 4 pairs of genes stand; and of 20 shuffles of expression within its types, for "places".
@@ -143,7 +143,7 @@ def agreement(data: Path, folder: Path) -> list[dict[str, Any]]:
     sd.tl.ligrec(adata, "annotation", pairs, **settings)
     taken = seconds(lambda: sd.tl.ligrec(adata, "annotation", pairs, **settings))[1]
     theirs = pd.read_csv(folder / "liana.csv").set_axis([*"stlr", "mean_", "p"], axis=1)
-    merged = adata.uns["ligrec"].astype({name: str for name in ("source", "target", "ligand", "receptor")})
+    merged = adata.uns["ligrec"].astype(dict.fromkeys(("source", "target", "ligand", "receptor"), str))
     merged = merged.merge(theirs, left_on=["source", "target", "ligand", "receptor"], right_on=list("stlr"))
     line = {
         "resource": "cellphonedb, liana's complexes",
@@ -250,11 +250,11 @@ def cost(data: Path, n: int) -> dict[str, Any]:
 
     adata = blood(data)
     rng, found = np.random.default_rng(0), {}
+    pairs = resource_of("cellphonedb", data)
     for cells in (n // 2, n):
         large = adata[rng.integers(adata.n_obs, size=cells)].copy()
         large.obs_names_make_unique()
         large.obsm["spatial"] = rng.uniform(size=(cells, 2))
-        pairs = resource_of("cellphonedb", data)
         for way, settings in (("all cells, 1,000", {}), ("neighbours, 50", {"neighbors": True, "n_perms": 50})):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             taken = seconds(lambda x=large, s=settings: sd.tl.ligrec(x, "annotation", pairs, **s))[1]

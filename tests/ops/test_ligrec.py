@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from scipy import stats
+from sklearn.neighbors import kneighbors_graph
 
 import scdiffx as sd
 from helpers import called, pbmc_counts
@@ -181,8 +182,8 @@ def cortex(data_dir: Path) -> ad.AnnData:
     cells.var_names = source.var_names
     # Without ties.
     cells.obsm["spatial"] = source.obsm["spatial"] + rng.uniform(0, 0.01, (source.n_obs, 2))
-    ligand, receptor = signal(cells)
-    found = sd.tl._ligrec_input._nearest_cells(cells.obsm["spatial"], None)
+    ligand, _ = signal(cells)
+    found = kneighbors_graph(cells.obsm["spatial"], 6)
     touches = (found + found.T) @ (cells.obs["cell_type"] == "Oligodendrocyte Mature").to_numpy(float)
     values = cells.X.toarray()
     senders = np.flatnonzero(cells.obs["cell_type"] == "Astrocyte Gfap")
@@ -214,8 +215,6 @@ def test_neighbours_find_what_the_whole_misses(cortex: ad.AnnData) -> None:
 
 
 def test_a_graph_of_obsp_is_taken_as_it_is(cortex: ad.AnnData) -> None:
-    from sklearn.neighbors import kneighbors_graph
-
     cells = cortex.copy()
     cells.obsp["spatial_connectivities"] = kneighbors_graph(cells.obsm["spatial"], 6)
     cells.obsp["mine"] = cells.obsp["spatial_connectivities"].T.tocsr()

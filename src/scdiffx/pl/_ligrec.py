@@ -130,17 +130,18 @@ def _draw(ax: Axes, x: np.ndarray, table: Any, max_qvalue: float, cmap: str) -> 
 
     strength = -np.log10(table["pvalue"].to_numpy())
     most = max(float(strength.max()), 1e-6)
-    edges = np.where(table["qvalue"].to_numpy() <= max_qvalue, "black", "none")
+    edges = ["black" if q <= max_qvalue else "none" for q in table["qvalue"]]
     dots = ax.scatter(
         x, table["row"], s=_AREA * strength / most + 4, c=table["mean"], cmap=cmap, edgecolors=edges, linewidths=0.9
     )
     ax.figure.colorbar(dots, ax=ax, label="mean expression of both", shrink=0.6)
-    shown = [("p = 1", 0.0, "none"), (f"p = {10**-most:.2g}", most, "none"), (f"q ≤ {max_qvalue:g}", most, "black")]
-    marks = [
-        Line2D(
-            [], [], marker="o", linestyle="", color="0.6", markeredgecolor=edge, markersize=np.sqrt(size), label=label
-        )
-        for label, value, edge in shown
-        for size in [_AREA * value / most + 4]
-    ]
+    marks = []
+    for label, value, edge in (
+        ("p = 1", 0.0, "none"),
+        (f"p = {10**-most:.2g}", most, "none"),
+        (f"q ≤ {max_qvalue:g}", most, "black"),
+    ):
+        mark = Line2D([], [], marker="o", linestyle="", color="0.6", markeredgecolor=edge, label=label)
+        mark.set_markersize(np.sqrt(_AREA * value / most + 4))
+        marks.append(mark)
     ax.legend(handles=marks, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize="small", frameon=False)

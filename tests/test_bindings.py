@@ -747,7 +747,7 @@ CASES = [
         )
         for name, near, settings in (
             ("ligrec", False, {}),
-            ("ligrec_neighbors", True, {"neighbors": True, "shuffle": "places", "batch_key": "batch"}),
+            ("ligrec_neighbors", True, {"neighbors": True, "shuffle": "group", "batch_key": "batch"}),
         )
     ),
     *(
@@ -1435,8 +1435,8 @@ REFUSED = [
     ("ligrec", {"interactions": "cellphonedb"}, TypeError, "interactions is a str"),
     ("ligrec", {"interactions": pd.DataFrame({"genes": ["CD52"]})}, KeyError, r"'genes'.*'ligand', 'receptor'"),
     ("ligrec", {"neighbors": "absent"}, KeyError, "neighbors='absent'"),
-    ("ligrec", {"shuffle": "cells"}, ValueError, r"shuffle='cells'.*'places'"),
-    ("ligrec", {"shuffle": "places"}, ValueError, "needs neighbors="),
+    ("ligrec", {"shuffle": "cells"}, ValueError, r"shuffle='cells'.*'group'"),
+    ("ligrec", {"shuffle": "group"}, ValueError, "needs neighbors="),
     ("ligrec", {"batch_key": "absent"}, KeyError, r"batch_key='absent'.*'batch'"),
     ("ligrec", {"complex_policy": "all"}, ValueError, r"complex_policy='all'.*'group_min'"),
     ("ligrec", {"threshold": 1.5}, ValueError, "threshold=1.5"),

@@ -18,7 +18,7 @@ from scdiffx.ops._ligrec_permutations import LigRecTest, permutation_test
 __all__ = ["COMPLEX_POLICIES", "SHUFFLES", "LigRec", "LigRecResult", "LigRecTest"]
 
 COMPLEX_POLICIES = ("min", "group_min")
-SHUFFLES = ("labels", "places")
+SHUFFLES = ("all", "group")
 
 
 class LigRecResult(NamedTuple):
@@ -95,16 +95,16 @@ class LigRec:
         graph: Graph | None = None,
         *,
         strata: np.ndarray | None = None,
-        shuffle: str = "labels",
+        shuffle: str = "all",
         n_perms: int = 1000,
         threshold: float = 0.01,
         seed: int = 0,
     ) -> LigRecTest:
         """Compare the means with those of shuffled cells, on the host.
 
-        With `shuffle` "labels", cells keep their expression and their place in the graph, and labels (rows of a soft
-        membership) change hands; with "places", cells with one label (a code) change places. Either happens within each
-        of `strata` alone, where these are given.
+        The expression of whole cells changes hands, within each of `strata` alone where these are given; labels and
+        the graph stay. With `shuffle` "all" any two cells can change, with "group" those with one label (a code): means
+        near another group are compared with those of the group itself.
 
         Tested are pairs of groups of which both express their side: a mean above 0, and at least `threshold` of the
         cells (by their weights), of every member of a complex with "group_min".
@@ -112,10 +112,10 @@ class LigRec:
         member = np.asarray(membership)
         if shuffle not in SHUFFLES:
             raise ValueError(f"shuffle={shuffle!r} is unknown. Available: {list(SHUFFLES)}")
-        if shuffle == "places" and (graph is None or member.ndim == 2):
-            raise ValueError("shuffle='places' needs a graph of neighbours, and groups that are codes")
+        if shuffle == "group" and (graph is None or member.ndim == 2):
+            raise ValueError("shuffle='group' needs a graph of neighbours, and groups that are codes")
         strata = np.zeros(len(member), int) if strata is None else np.asarray(strata)
-        if shuffle == "places":
+        if shuffle == "group":
             strata = strata * self._counted() + member
         if member.ndim == 1:
             member = member[:, None] == np.arange(self._counted())
@@ -127,7 +127,6 @@ class LigRec:
             (np.asarray(ligands), np.asarray(receptors)),
             by_group=self.complex_policy == "group_min",
             strata=strata,
-            places=shuffle == "places",
             n_perms=n_perms,
             threshold=threshold,
             seed=seed,

@@ -25,7 +25,7 @@ def ligrec(
     interactions: Any,
     *,
     neighbors: bool | str = False,
-    shuffle: Literal["labels", "places"] = "labels",
+    shuffle: Literal["all", "group"] = "all",
     batch_key: str | None = None,
     complex_policy: Literal["min", "group_min"] = "min",
     threshold: float = 0.01,
@@ -57,8 +57,8 @@ def ligrec(
         ``obsp["spatial_connectivities"]`` (of `squidpy.gr.spatial_neighbors`) or, where that is missing, by the 6
         nearest cells in ``obsm["spatial"]``, of the same batch. A name: another matrix of `obsp`. See the notes.
     shuffle
-        What is shuffled. "labels": which cell has which label. "places", only with `neighbors` and labels of `obs`: the
-        places of the cells of one group. See the notes.
+        Which cells change their expression: "all", or, only with `neighbors` and labels of `obs`, those of one "group".
+        See the notes.
     batch_key
         Column of `obs` with the slice or sample of each cell: cells are shuffled within these only.
     complex_policy
@@ -85,7 +85,7 @@ def ligrec(
     `adata.uns["ligrec" | key_added]` : data frame
         A row for each test, smallest p-values first: `source` and `target` (sending and receiving group), `ligand` and
         `receptor` (categorical, names as given), `mean` (half the sum of both means), `pvalue` and `qvalue`
-        (Benjamini-Hochberg over all rows).
+        (Benjamini-Hochberg over all pairs of groups of these interactions).
     `adata.uns["ligrec_params" | f"{key_added}_params"]` : dict
         The settings, and the number of `interactions` whose genes the data have.
 
@@ -103,13 +103,17 @@ def ligrec(
     -----
     With `neighbors` a cell counts once for every edge, in either direction, to a cell of the other group, times its
     weight: means are over the neighbouring pairs of the two groups; with a graph of all pairs they are those without
-    one. Shuffled labels ask whether these groups, where they touch, express the pair more than cells at large that
-    touch: a group that expresses the ligand everywhere does. Shuffled places ask whether the cells that touch the other
-    group express more than others of their own group: what holds near the other group only.
+    one. Shuffled is the expression of whole cells, while labels and places stay (among all cells this is the same as
+    shuffled labels): labels that lie together, as they do in tissue, would be torn apart. With "all", a small p-value
+    says that the groups, where they touch, express the pair more than cells at large: a group that expresses the ligand
+    everywhere does. With "group" it says that cells that touch the other group express more than others of their own.
+    Expression that varies in space for other reasons, a gradient across both groups, gets small p-values too.
 
-    P-values count permutations that reach the mean, ties and the observed labels included, ``(1 + k) / (1 + n)``;
-    squidpy's, ``k / n`` of those that exceed it, can be 0. Cells are the unit of the test: with several donors, a
-    significant pair may hold for one of them.
+    P-values count permutations that reach the mean, ties and the observed cells included, ``(1 + k) / (1 + n)``;
+    squidpy's, ``k / n`` of those that exceed it, can be 0. Only pairs that pass `threshold` have one, and to pass is to
+    have a high mean: without any signal more than a twentieth of *these* are below .05. The q-values allow for that:
+    pairs of groups of the same interactions that do not pass count as tests with a p-value of 1. Cells are the unit of
+    the test: with several donors, a significant pair may hold for one of them.
 
     In a plan ``"ligrec"`` names the means (interactions, source, target), for losses such as :func:`scdiffx.losses.l1`;
     they are differentiable in expression and soft labels.
@@ -129,8 +133,8 @@ def ligrec(
     if shuffle not in SHUFFLES:
         raise ValueError(f"shuffle={shuffle!r} is unknown. Available: {list(SHUFFLES)}")
     labels, names = _groups(adata, cluster_key)
-    if shuffle == "places" and (neighbors is False or isinstance(labels, Obsm)):
-        raise ValueError("shuffle='places' needs neighbors=, and labels that are a column of `adata.obs`")
+    if shuffle == "group" and (neighbors is False or isinstance(labels, Obsm)):
+        raise ValueError("shuffle='group' needs neighbors=, and labels that are a column of `adata.obs`")
     check_batch(data, batch_key)
     strata = None if batch_key is None else data.obs[batch_key].astype("category").cat.codes.to_numpy()
     pairs = pairs_of(interactions)
@@ -213,6 +217,8 @@ def _table(found: ops.LigRecTest, mean: np.ndarray, pairs: list[tuple[str, str]]
 
     means = mean[found.interaction, found.sender, found.receiver]
     order = np.lexsort((-means, found.pvalue))
+    family = np.ones(len(np.unique(found.interaction)) * len(groups) ** 2)
+    family[: len(order)] = found.pvalue[order]
     columns: dict[str, Any] = {}
     for name, at in (("source", found.sender), ("target", found.receiver)):
         columns[name] = pd.Categorical.from_codes(at[order], categories=groups)
@@ -220,5 +226,5 @@ def _table(found: ops.LigRecTest, mean: np.ndarray, pairs: list[tuple[str, str]]
         names, codes = np.unique([pair[side] for pair in pairs], return_inverse=True)
         columns[name] = pd.Categorical.from_codes(codes[found.interaction[order]], categories=[str(n) for n in names])
     columns |= {"mean": means[order], "pvalue": found.pvalue[order]}
-    columns["qvalue"] = stats.false_discovery_control(columns["pvalue"])
+    columns["qvalue"] = stats.false_discovery_control(family)[: len(order)]
     return pd.DataFrame(columns, index=pd.RangeIndex(len(order)).astype(str))

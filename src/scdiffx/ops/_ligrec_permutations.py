@@ -78,9 +78,15 @@ def _scarcest(overall: np.ndarray, side: np.ndarray) -> np.ndarray:
 
 def _means(x: Any, member: np.ndarray, near: Any) -> np.ndarray:
     """Means of the genes (groups, genes), or with neighbours (groups * groups, genes); 0 for groups without cells."""
-    parts = [member] if near is None else [own[:, None] * (near @ member) for own in member.T]
-    means = [(x.T @ part).T / np.where((total := part.sum(0)) > 0, total, 1)[:, None] for part in parts]
-    return np.concatenate(means)
+    if near is None:
+        return _weighted(x, member)
+    beside = near @ member
+    return np.concatenate([_weighted(x, own[:, None] * beside) for own in member.T])
+
+
+def _weighted(x: Any, weight: np.ndarray) -> np.ndarray:
+    total = weight.sum(0)
+    return np.asarray((x.T @ weight).T / np.where(total > 0, total, 1)[:, None])
 
 
 def _tests(x: Any, member: np.ndarray, near: Any, sides: tuple[np.ndarray, np.ndarray], threshold: float) -> _Tests:

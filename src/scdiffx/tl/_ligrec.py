@@ -103,17 +103,20 @@ def ligrec(
     -----
     With `neighbors` a cell counts once for every edge, in either direction, to a cell of the other group, times its
     weight: means are over the neighbouring pairs of the two groups; with a graph of all pairs they are those without
-    one. Shuffled is the expression of whole cells, while labels and places stay (among all cells this is the same as
-    shuffled labels): labels that lie together, as they do in tissue, would be torn apart. With "all", a small p-value
-    says that the groups, where they touch, express the pair more than cells at large: a group that expresses the ligand
-    everywhere does. With "group" it says that cells that touch the other group express more than others of their own.
-    Expression that varies in space for other reasons, a gradient across both groups, gets small p-values too.
+    one. The expression of whole cells is shuffled, and labels and places stay: shuffled labels would not lie together as
+    those of a tissue do, and the means of few neighbours would seem to stand out. Among all cells both are the same.
+
+    With "all", a small p-value says that the groups, where they touch, express the pair more than cells at large: a
+    group that expresses the ligand everywhere does. With "group" it says that cells that touch the other group express
+    more than others of their own. Expression that varies in space for other reasons, such as a gradient across both
+    groups, gets small p-values too.
 
     P-values count permutations that reach the mean, ties and the observed cells included, ``(1 + k) / (1 + n)``;
     squidpy's, ``k / n`` of those that exceed it, can be 0. Only pairs that pass `threshold` have one, and to pass is to
     have a high mean: without any signal more than a twentieth of *these* are below .05. The q-values allow for that:
-    pairs of groups of the same interactions that do not pass count as tests with a p-value of 1. Cells are the unit of
-    the test: with several donors, a significant pair may hold for one of them.
+    pairs of groups of the same interactions that do not pass count as tests with a p-value of 1. No p-value is below
+    ``1 / (1 + n)``: where few pairs reach it, only more permutations make q-values smaller. Cells are the unit of the
+    test: with several donors, a significant pair may hold for one of them.
 
     In a plan ``"ligrec"`` names the means (interactions, source, target), for losses such as :func:`scdiffx.losses.l1`;
     they are differentiable in expression and soft labels.

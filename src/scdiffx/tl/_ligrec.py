@@ -103,8 +103,8 @@ def ligrec(
     -----
     With `neighbors` a cell counts once for every edge, in either direction, to a cell of the other group, times its
     weight: means are over the neighbouring pairs of the two groups; with a graph of all pairs they are those without
-    one. The expression of whole cells is shuffled, and labels and places stay: shuffled labels would not lie together as
-    those of a tissue do, and the means of few neighbours would seem to stand out. Among all cells both are the same.
+    one. The expression of whole cells is shuffled, and labels and places stay: shuffled labels would not lie together
+    as those of a tissue do, and means of few neighbours would seem to stand out. Among all cells both are the same.
 
     With "all", a small p-value says that the groups, where they touch, express the pair more than cells at large: a
     group that expresses the ligand everywhere does. With "group" it says that cells that touch the other group express

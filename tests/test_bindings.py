@@ -73,10 +73,15 @@ def graph_keys(entry: str, prefix: str = "", distances: str = "float64") -> dict
     }
 
 
-def ligrec_keys(key: str, near: bool) -> dict[str, str]:
-    settings = {"cluster_key": "str", "neighbors": "bool", "shuffle": "str", "batch_key": "str" if near else "NoneType"}
-    settings |= {"complex_policy": "str", "threshold": "float", "n_perms": "int"}
-    settings |= {"random_state": "int", "interactions": "int"}
+def ligrec_keys(key: str) -> dict[str, str]:
+    settings = {
+        "cluster_key": "str",
+        "neighbors": "bool",
+        "shuffle": "str",
+        "batch_key": "str",
+        "complex_policy": "str",
+    }
+    settings |= {"threshold": "float", "n_perms": "int", "random_state": "int", "interactions": "int"}
     path = f"uns/{key}_params"
     return {f"uns/{key}": "DataFrame", path: "mapping"} | {f"{path}/{name}": kind for name, kind in settings.items()}
 
@@ -734,21 +739,14 @@ CASES = [
     ),
     Case("phate", "tl.phate", "reduced", phate_keys("X_phate", "phate"), keyed=phate_keys("mine", "mine")),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
-    *(
-        Case(
-            name,
-            "tl.ligrec",
-            "placed",
-            ligrec_keys("ligrec", near),
-            {"cluster_key": "cell_type", "interactions": LIGANDS, "n_perms": 9, **settings},
-            keyed=ligrec_keys("mine", near),
-            matrix=True,
-            slow=near,
-        )
-        for name, near, settings in (
-            ("ligrec", False, {}),
-            ("ligrec_neighbors", True, {"neighbors": True, "shuffle": "group", "batch_key": "batch"}),
-        )
+    Case(
+        "ligrec",
+        "tl.ligrec",
+        "log",
+        ligrec_keys("ligrec"),
+        {"cluster_key": "cell_type", "interactions": LIGANDS, "batch_key": "batch", "n_perms": 9},
+        keyed=ligrec_keys("mine"),
+        matrix=True,
     ),
     *(
         Case(
@@ -833,7 +831,6 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
-        "placed": ("log", lambda a: a.obsm.update(spatial=np.random.default_rng(0).uniform(size=(CELLS, 2)))),
         "labelled": ("log", with_known),
         "known": ("counts", with_known),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
@@ -1425,7 +1422,7 @@ REFUSED = [
     ("phate", {"gamma": 2.0}, ValueError, "gamma=2"),
     ("phate", {"mds": "nonmetric"}, ValueError, "mds='nonmetric'.*'classic'"),
     ("phate", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
-    ("ligrec", {"cluster_key": "absent"}, KeyError, r"cluster_key='absent'.*'cell_type'.*'spatial'"),
+    ("ligrec", {"cluster_key": "absent"}, KeyError, r"cluster_key='absent'.*'cell_type'"),
     ("ligrec", {"cluster_key": "quality"}, TypeError, "cluster_key='quality'.*fractional"),
     ("ligrec", {"cluster_key": "only"}, ValueError, "cluster_key='only' has 1 group"),
     ("ligrec", {"cluster_key": "negative"}, ValueError, "cluster_key='negative'.*at least 0"),
@@ -1434,6 +1431,7 @@ REFUSED = [
     ("ligrec", {"interactions": ["CD52"]}, TypeError, "'CD52' is not a pair"),
     ("ligrec", {"interactions": "cellphonedb"}, TypeError, "interactions is a str"),
     ("ligrec", {"interactions": pd.DataFrame({"genes": ["CD52"]})}, KeyError, r"'genes'.*'ligand', 'receptor'"),
+    ("ligrec", {"neighbors": True}, KeyError, r"neighbors=True needs .*'spatial'"),
     ("ligrec", {"neighbors": "absent"}, KeyError, "neighbors='absent'"),
     ("ligrec", {"shuffle": "cells"}, ValueError, r"shuffle='cells'.*'group'"),
     ("ligrec", {"shuffle": "group"}, ValueError, "needs neighbors="),
@@ -1442,7 +1440,7 @@ REFUSED = [
     ("ligrec", {"threshold": 1.5}, ValueError, "threshold=1.5"),
     ("ligrec", {"threshold": 1.0}, ValueError, "threshold=1.0 of cells"),
     ("ligrec", {"n_perms": 0}, ValueError, "n_perms=0"),
-    ("ligrec_neighbors", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
+    ("ligrec", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),

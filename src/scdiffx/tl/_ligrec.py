@@ -62,9 +62,9 @@ def ligrec(
     batch_key
         Column of `obs` with the slice or sample of each cell: cells are shuffled within these only.
     complex_policy
-        Which member stands for a complex. "min", squidpy's: the one with the least mean over all cells, of those that
-        the data have. "group_min", CellPhoneDB's: the one with the least mean in the group; interactions with a missing
-        member are left out.
+        Which member stands for a complex. "min", squidpy's: the one with the least mean over all labelled cells, of
+        those that the data have. "group_min", CellPhoneDB's: the one with the least mean in the group; interactions
+        with a missing member are left out.
     threshold
         Share of the group's cells that must express either side for a pair of groups to be tested, in [0, 1].
     n_perms
@@ -119,7 +119,7 @@ def ligrec(
     test: with several donors, a significant pair may hold for one of them.
 
     In a plan ``"ligrec"`` names the means (interactions, source, target), for losses such as :func:`scdiffx.losses.l1`;
-    they are differentiable in expression and soft labels.
+    they are differentiable in expression and soft labels. A fitted plan can be saved if the interactions are a list.
 
     References
     ----------

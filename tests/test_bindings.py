@@ -129,6 +129,19 @@ def integration_keys(name: str) -> dict[str, str]:
     }
 
 
+def grn_keys(key: str, activity: str) -> dict[str, str]:
+    return {
+        f"obsm/{activity}": "float32",
+        f"var/{key}_r2": "float32",
+        f"uns/{key}": "DataFrame",
+        f"uns/{key}_params": "mapping",
+        f"uns/{key}_params/tfs": "object",
+        f"uns/{key}_params/penalty": "float",
+        f"uns/{key}_params/random_state": "int",
+        f"uns/{key}_params/prior": "bool",
+    }
+
+
 def kmeans_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -694,6 +707,15 @@ CASES = [
         matrix=True,
         counts=True,
         slow=True,
+    ),
+    Case(
+        "grn",
+        "tl.grn",
+        "log",
+        grn_keys("grn", "tf_activity"),
+        {"tfs": ["TNFRSF4", "HES4"]},
+        keyed=grn_keys("mine", "mine_activity"),
+        matrix=True,
     ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
@@ -1409,6 +1431,13 @@ REFUSED = [
     ("phate", {"gamma": 2.0}, ValueError, "gamma=2"),
     ("phate", {"mds": "nonmetric"}, ValueError, "mds='nonmetric'.*'classic'"),
     ("phate", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
+    ("grn", {"tfs": None}, ValueError, "tfs=None needs a prior"),
+    ("grn", {"tfs": "HES4"}, ValueError, "tfs='HES4' is one name"),
+    ("grn", {"tfs": ["absent"]}, KeyError, "none of tfs.*Available"),
+    ("grn", {"prior": pd.DataFrame({"a": ["HES4"]})}, KeyError, "'target'.*'a'"),
+    ("grn", {"prior": pd.DataFrame({"tf": ["HES4"], "target": ["absent"]})}, KeyError, "no edge"),
+    ("grn", {"penalty": 0.0}, ValueError, "penalty=0"),
+    ("grn", {"n_edges": 0}, ValueError, "n_edges=0"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),

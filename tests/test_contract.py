@@ -77,6 +77,7 @@ SLOW = {
     "doublet_classifier",
     "dynamics",
     "fate_probabilities",
+    "grn_with_prior",
     "highly_variable_cutoffs",
     "kmeans_hard",
     "log1p_base_2",
@@ -108,6 +109,7 @@ SLOW = {
 
 # Settings of operators that stand here with others too: what compiling and memory are like is proved for those.
 VARIANTS = {
+    "grn_with_prior",
     "highly_variable_cutoffs",
     "kmeans_hard",
     "log1p_base_2",
@@ -348,6 +350,17 @@ CASES = [
         learns=("net",),
         # Which cells are held out and share a minibatch depends on their order.
         equivariant=False,
+    ),
+    *(
+        Case(
+            name,
+            lambda regulators=regulators: ops.GRN(penalty=0.02, tfs=np.arange(3, 60, 7), regulators=regulators),
+            lambda d: (d.log,),
+            tuple,
+            budget=800,
+            learns=("penalty",),
+        )
+        for name, regulators in (("grn", None), ("grn_with_prior", np.arange(GENES * 3).reshape(-1, 3) % 10 % 9 - 1))
     ),
     Case(
         "harmony",

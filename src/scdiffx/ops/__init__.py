@@ -14,6 +14,7 @@ from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime,
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
+from scdiffx.ops._grn import GRN, GRNResult
 from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._integration import IntegrationResult, IntegrationTraining
@@ -49,6 +50,7 @@ from scdiffx.ops._wgan_integrate import WGANIntegrate
 
 __all__ = [
     "DIFFERENTIABLE_METRICS",
+    "GRN",
     "KERNELS",
     "PCA",
     "PHATE",
@@ -74,6 +76,7 @@ __all__ = [
     "Envelope",
     "FateProbabilities",
     "FateProbabilitiesResult",
+    "GRNResult",
     "Graph",
     "Harmony",
     "HarmonyResult",

@@ -6,6 +6,7 @@ from scdiffx.pl._attribution import attribution
 from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fate_probabilities import fate_probabilities
 from scdiffx.pl._fit import fit
+from scdiffx.pl._grn import grn
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
 from scdiffx.pl._switch_genes import switch_genes
@@ -18,6 +19,7 @@ __all__ = [
     "doublets",
     "fate_probabilities",
     "fit",
+    "grn",
     "ot_flow",
     "pseudotime",
     "switch_genes",

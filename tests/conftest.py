@@ -8,6 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests compile many programs and run each a few times on little data: XLA optimises none, and workers and runs share
+# even the smallest.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scdiffx" / "compiled-by-tests"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import anndata as ad
 import jax
@@ -21,15 +30,6 @@ DATA = ROOT.parent / "shared" / "data"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a worker for each core: more threads of theirs would wait for each other, busily.
     threadpool_limits(1, user_api="blas")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Quick tests compile many programs and run each a few times on little data: let XLA optimise none of them."""
-    if config.option.markexpr == "not slow":
-        # Read when JAX first looks for devices, in workers as here.
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_backend_optimization_level" not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 
 def _read(name: str) -> ad.AnnData:

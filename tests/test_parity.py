@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 import scdiffx as sd
 from helpers import contents, pbmc_counts
 
-NAMES = ("pbmc", "paul15", pytest.param("worm_embryo", marks=pytest.mark.slow))
+NAMES = ("pbmc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paul15", "worm_embryo")))
 FORMATS = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": lambda m: m.toarray()}
 TOP = 20
 

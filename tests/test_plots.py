@@ -508,6 +508,35 @@ def test_archetypes_that_cannot_be_drawn_are_refused() -> None:
         sd.pl.archetypes(adata, color="absent")
 
 
+def network() -> ad.AnnData:
+    adata = ad.AnnData(np.zeros((2, 5), np.float32), var=pd.DataFrame(index=list("ABCDE")))
+    edges = [("A", "C", 2.0), ("B", "C", -1.5), ("A", "D", 1.0), ("B", "A", 0.5)]
+    adata.uns["grn"] = pd.DataFrame(edges, columns=["tf", "target", "weight"]).assign(
+        sign=lambda t: np.sign(t["weight"])
+    )
+    return adata
+
+
+def test_a_network_has_its_strongest_edges_by_sign() -> None:
+    ax = sd.pl.grn(network(), n_edges=3, show=False)
+    assert [patch.get_edgecolor() for patch in ax.patches] == [to_rgba(c, 0.7) for c in ("C0", "C3", "C0")]
+    assert ax.patches[0].get_linewidth() == 2 * ax.patches[2].get_linewidth()
+    # Factors are in boxes, targets are not.
+    assert {text.get_text(): text.get_bbox_patch() is not None for text in ax.texts} == {
+        "A": True, "B": True, "C": False, "D": False,
+    }  # fmt: skip
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["activates", "represses"]
+    assert inside(ax)
+    ax = sd.pl.grn(network(), tfs=["A"], show=False)
+    assert len(ax.patches) == 2
+    with pytest.raises(KeyError, match=r"key='mine'.*run `sd\.tl\.grn` first"):
+        sd.pl.grn(network(), key="mine")
+    with pytest.raises(KeyError, match=r"'D' has no edge.*'A', 'B'"):
+        sd.pl.grn(network(), tfs=["D"])
+    with pytest.raises(ValueError, match="n_edges=0"):
+        sd.pl.grn(network(), n_edges=0)
+
+
 def switching() -> ad.AnnData:
     """Three genes that switch on, in reverse order of their times, two that switch off, and one that does neither."""
     rng = np.random.default_rng(0)

@@ -190,7 +190,7 @@ def test_a_fit_without_labels_improves_on_the_defaults(split: ad.AnnData) -> Non
     plan = sd.plan(split)
     smooth(plan)
     loss = sd.losses.molecular_cross_validation("magic", "choose")
-    fitted = sd.fit(plan, loss, learn="magic", n_steps=40, optimizer=optax.adam(0.05), progress=False)
+    fitted = sd.fit(plan, loss, learn="magic", n_steps=12, optimizer=optax.adam(0.05), progress=False)
     default = split.copy()
     smooth(default)
     assert fitted.adopted

@@ -14,6 +14,7 @@ from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime,
 from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifierResult
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
+from scdiffx.ops._grn import GRN, GRNResult
 from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._integration import IntegrationResult, IntegrationTraining
@@ -50,6 +51,7 @@ from scdiffx.ops._wgan_integrate import WGANIntegrate
 
 __all__ = [
     "DIFFERENTIABLE_METRICS",
+    "GRN",
     "KERNELS",
     "PCA",
     "PHATE",
@@ -75,6 +77,7 @@ __all__ = [
     "Envelope",
     "FateProbabilities",
     "FateProbabilitiesResult",
+    "GRNResult",
     "Graph",
     "Harmony",
     "HarmonyResult",

@@ -7,6 +7,7 @@ from scdiffx.tl._attribution import attribution
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._fate_probabilities import fate_probabilities
+from scdiffx.tl._grn import grn
 from scdiffx.tl._influence import influence
 from scdiffx.tl._kmeans import kmeans
 from scdiffx.tl._latent_time import latent_time
@@ -36,6 +37,7 @@ __all__ = [
     "diffmap",
     "dpt",
     "fate_probabilities",
+    "grn",
     "influence",
     "kmeans",
     "latent_time",

@@ -73,6 +73,19 @@ def graph_keys(entry: str, prefix: str = "", distances: str = "float64") -> dict
     }
 
 
+def ligrec_keys(key: str) -> dict[str, str]:
+    settings = {
+        "cluster_key": "str",
+        "neighbors": "bool",
+        "shuffle": "str",
+        "batch_key": "str",
+        "complex_policy": "str",
+    }
+    settings |= {"threshold": "float", "n_perms": "int", "random_state": "int", "interactions": "int"}
+    path = f"uns/{key}_params"
+    return {f"uns/{key}": "DataFrame", path: "mapping"} | {f"{path}/{name}": kind for name, kind in settings.items()}
+
+
 def leiden_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -336,6 +349,7 @@ SCRUBLET = {
     "uns/scrublet/parameters/n_neighbors": "int",
     "uns/scrublet/parameters/random_state": "int",
 }
+LIGANDS = [("ISG15", "TNFRSF4"), ("S100A8_S100A9", "CD52"), ("CD52", "ENO1")]
 DIFFMAP = {"obsm/X_diffmap": "float32", "uns/diffmap_evals": "float32"}
 
 CASES = [
@@ -749,6 +763,15 @@ CASES = [
     ),
     Case("phate", "tl.phate", "reduced", phate_keys("X_phate", "phate"), keyed=phate_keys("mine", "mine")),
     Case("leiden", "tl.leiden", "graph", leiden_keys("leiden"), keyed=leiden_keys("mine")),
+    Case(
+        "ligrec",
+        "tl.ligrec",
+        "log",
+        ligrec_keys("ligrec"),
+        {"cluster_key": "cell_type", "interactions": LIGANDS, "batch_key": "batch", "n_perms": 9},
+        keyed=ligrec_keys("mine"),
+        matrix=True,
+    ),
     *(
         Case(
             f"velocity_{mode}",
@@ -1438,6 +1461,25 @@ REFUSED = [
     ("grn", {"prior": pd.DataFrame({"tf": ["HES4"], "target": ["absent"]})}, KeyError, "no edge"),
     ("grn", {"penalty": 0.0}, ValueError, "penalty=0"),
     ("grn", {"n_edges": 0}, ValueError, "n_edges=0"),
+    ("ligrec", {"cluster_key": "absent"}, KeyError, r"cluster_key='absent'.*'cell_type'"),
+    ("ligrec", {"cluster_key": "quality"}, TypeError, "cluster_key='quality'.*fractional"),
+    ("ligrec", {"cluster_key": "only"}, ValueError, "cluster_key='only' has 1 group"),
+    ("ligrec", {"cluster_key": "negative"}, ValueError, "cluster_key='negative'.*at least 0"),
+    ("ligrec", {"interactions": [("absent", "CD52")]}, KeyError, r"\('absent', 'CD52'\).*'HES4'"),
+    ("ligrec", {"interactions": []}, ValueError, "there is none"),
+    ("ligrec", {"interactions": ["CD52"]}, TypeError, "'CD52' is not a pair"),
+    ("ligrec", {"interactions": "cellphonedb"}, TypeError, "interactions is a str"),
+    ("ligrec", {"interactions": pd.DataFrame({"genes": ["CD52"]})}, KeyError, r"'genes'.*'ligand', 'receptor'"),
+    ("ligrec", {"neighbors": True}, KeyError, r"neighbors=True needs .*'spatial'"),
+    ("ligrec", {"neighbors": "absent"}, KeyError, "neighbors='absent'"),
+    ("ligrec", {"shuffle": "cells"}, ValueError, r"shuffle='cells'.*'group'"),
+    ("ligrec", {"shuffle": "group"}, ValueError, "needs neighbors="),
+    ("ligrec", {"batch_key": "absent"}, KeyError, r"batch_key='absent'.*'batch'"),
+    ("ligrec", {"complex_policy": "all"}, ValueError, r"complex_policy='all'.*'group_min'"),
+    ("ligrec", {"threshold": 1.5}, ValueError, "threshold=1.5"),
+    ("ligrec", {"threshold": 1.0}, ValueError, "threshold=1.0 of cells"),
+    ("ligrec", {"n_perms": 0}, ValueError, "n_perms=0"),
+    ("ligrec", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),
@@ -1473,6 +1515,7 @@ def test_impossible_settings_are_refused(name: str, kwargs: Any, error: type[Exc
     adata = source(case.source)
     adata.obs["index"] = np.arange(CELLS)
     adata.obs["only"] = "one"
+    adata.obsm["negative"] = np.full((CELLS, 2), -1.0)
     adata.obs["partial"] = np.where(np.arange(CELLS) == 3, np.nan, 1)
     adata.obs["missing"] = pd.Categorical(np.where(np.arange(CELLS) == CELLS - 1, None, "a"))
     adata.obs["endless"] = np.where(np.arange(CELLS) == 3, np.inf, 1)

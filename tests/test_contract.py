@@ -80,6 +80,7 @@ SLOW = {
     "grn_with_prior",
     "highly_variable_cutoffs",
     "kmeans_hard",
+    "ligrec_neighbors",
     "log1p_base_2",
     "logistic_annotation",
     "magic",
@@ -566,6 +567,20 @@ CASES = [
         budget=50,
         learns=("temperature",),
         equivariant=False,
+    ),
+    *(
+        Case(
+            name,
+            lambda policy=policy: ops.LigRec(
+                ligands=np.array([[102, 102], [70, 103]]),
+                receptors=np.array([[52, 53], [65, 104]]),
+                complex_policy=policy,
+            ),
+            lambda d, near=near: (d.log, jax.nn.softmax(d.coordinates[:, :3] / 4), *((d.graph,) if near else ())),
+            lambda r: r.mean,
+            budget=1_500,
+        )
+        for name, policy, near in (("ligrec", "min", False), ("ligrec_neighbors", "group_min", True))
     ),
     Case(
         "umap",

@@ -673,3 +673,52 @@ def test_stream_names_what_is_missing() -> None:
     adata.obsm["velocity_umap"] = np.zeros((adata.n_obs, 2))
     with pytest.raises(ValueError, match="no velocity that is not 0"):
         sd.pl.velocity_stream(adata)
+
+
+def tested_interactions() -> ad.AnnData:
+    adata = ad.AnnData(np.zeros((3, 2), np.float32))
+    frame = pd.DataFrame(
+        [
+            ("a", "b", "L1", "R1", 2.0, 0.001, 0.004),
+            ("b", "a", "L1", "R1", 1.0, 0.5, 0.5),
+            ("a", "a", "L2_L3", "R2", 3.0, 0.01, 0.02),
+            ("b", "b/c", "L4", "R4", 9.0, 0.9, 0.9),
+        ],
+        columns=["source", "target", "ligand", "receptor", "mean", "pvalue", "qvalue"],
+    )
+    for name in ("source", "target", "ligand", "receptor"):
+        frame[name] = frame[name].astype("category")
+    adata.uns["ligrec"] = frame
+    return adata
+
+
+def test_ligrec_draws_the_strongest_of_the_significant() -> None:
+    ax = sd.pl.ligrec(tested_interactions(), show=False)
+    dots = ax.collections[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["L2_L3 – R2", "L1 – R1"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a → a", "a → b", "b → a"]
+    drawn = {tuple(at): i for i, at in enumerate(dots.get_offsets().astype(int).tolist())}
+    assert set(drawn) == {(0, 0), (1, 1), (2, 1)}
+    order = [drawn[at] for at in ((1, 1), (0, 0), (2, 1))]
+    np.testing.assert_allclose(dots.get_array()[order], [2, 3, 1])
+    assert (np.diff(dots.get_sizes()[order]) < 0).all()
+    assert [edge[3] > 0 for edge in dots.get_edgecolors()[order]] == [True, True, False]
+    assert inside(ax)
+    one = sd.pl.ligrec(tested_interactions(), target_groups=["b", "b/c"], interactions=[("L4", "R4")], show=False)
+    assert [t.get_text() for t in one.get_xticklabels()] == ["b → b/c"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"key": "absent"}, KeyError, "key='absent'.*run `sd.tl.ligrec` first"),
+        ({"n_interactions": 0}, ValueError, "n_interactions=0"),
+        ({"max_qvalue": 0.001}, ValueError, r"max_qvalue=0.001; the smallest is 0.004"),
+        ({"source_groups": ["z"]}, KeyError, r"source_groups: \['z'\].*'a', 'b'"),
+        ({"interactions": [("L4", "R1")]}, KeyError, r"\('L4', 'R1'\)"),
+        ({"source_groups": "a", "target_groups": "b/c"}, ValueError, "no pair of these groups"),
+    ],
+)
+def test_ligrec_says_what_is_missing(settings: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        sd.pl.ligrec(tested_interactions(), **settings)

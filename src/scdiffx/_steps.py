@@ -17,7 +17,7 @@ from scdiffx._core.fields import replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
-from scdiffx._slots import Obs, Obsm, Part, Slot, Var, X, available, is_anndata, write_all
+from scdiffx._slots import Obs, Obsm, Part, Slot, Uns, Var, X, available, is_anndata, write_all
 
 __all__ = [
     "Plan",
@@ -170,13 +170,13 @@ class Plan:
         """The slot that a name in a loss means: an output of the plan first; obs, obsm and var before layers."""
         outputs = [w.slot for s in self.steps for w in s.writes]
         places = (Obs(name), Obsm(name), Var(name), X(name))
-        for candidate in places:
+        for candidate in (*places, Uns(name)):
             if candidate in outputs:
                 return outputs[outputs.index(candidate)]
         for place in places:
             if place.exists(self.adata):
                 return place
-        named = {getattr(s, "key", "") for s in outputs if isinstance(s, Obs | Obsm | Var)}
+        named = {getattr(s, "key", "") for s in outputs if isinstance(s, Obs | Obsm | Var | Uns)}
         names = sorted(named | {s.layer for s in outputs if isinstance(s, X) and s.layer is not None})
         raise KeyError(
             f"{name!r} is neither an output of the plan {available(names)} nor a key of the AnnData; "

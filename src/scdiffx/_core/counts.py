@@ -103,6 +103,14 @@ class Counts:
         data = np.asarray(self.data)
         return np.concatenate([data[b, : starts[b + 1] - starts[b]] for b in range(len(data))])
 
+    def to_scipy(self) -> sp.csr_matrix:
+        """The matrix on the host."""
+        data, position = np.asarray(self.data), np.asarray(self.position)
+        rows, genes = self.block_rows, self.shape[1]
+        keep = position < rows * genes
+        row = position // genes + rows * np.arange(len(data))[:, None]
+        return sp.csr_matrix((data[keep], (row[keep], position[keep] % genes)), shape=self.shape)
+
 
 Matrix = Counts | Array
 

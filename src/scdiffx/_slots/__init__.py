@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx._log import warn
-from scdiffx._slots._derived import Decoded, Genes, Given, Labels, Leading, Part, Single, Weights
+from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Part, Single, Weights
 from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
 from scdiffx._slots._matrix import (
     available,
@@ -30,6 +30,7 @@ __all__ = [
     "Cosines",
     "Decoded",
     "Distances",
+    "Edges",
     "Genes",
     "Given",
     "Labels",

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx._core.counts import Counts, map_rows, take_columns
+from scdiffx._core.graph import Graph
 from scdiffx._slots._matrix import as_float, check_finite, matrix_of
 from scdiffx._slots._places import Ordered
 
@@ -45,6 +46,14 @@ class Weights(Labels):
 
     def read(self, adata: Any) -> Any:
         return jnp.asarray(self.value, jnp.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Edges(Labels):
+    """A sparse matrix of cells x cells, passed by the caller; read-only."""
+
+    def read(self, adata: Any) -> Any:
+        return Graph.from_scipy(self.value, np.float32)
 
 
 class Part(Ordered):
@@ -98,16 +107,17 @@ class Single(Part):
 
 @dataclass(frozen=True)
 class Genes(Part):
-    """Some genes of a matrix as a dense array (cells, genes); the others are never made dense."""
+    """Some genes of a matrix as a dense array (cells, genes), or sparse as it is; others are never made dense."""
 
     of: Any
     index: tuple[int, ...]
     # Whether the others must be finite too.
     check_others: bool = True
+    dense: bool = True
 
     def take(self, value: Any) -> Any:
         part = take_columns(value, jnp.asarray(self.index, jnp.int32))
-        return map_rows(part, lambda block: block) if isinstance(part, Counts) else part
+        return map_rows(part, lambda block: block) if self.dense and isinstance(part, Counts) else part
 
     def read(self, adata: Any) -> Any:
         matrix = matrix_of(adata, self.of.layer)
@@ -116,4 +126,6 @@ class Genes(Part):
             check_finite(matrix, adata.obs_names, adata.var_names)
         else:
             check_finite(part, adata.obs_names, adata.var_names[list(self.index)])
+        if sp.issparse(part) and not self.dense:
+            return Counts.from_scipy(part, as_float(part.data[:0]).dtype)
         return jnp.asarray(as_float(part.toarray() if sp.issparse(part) else part))

@@ -21,6 +21,7 @@ from scdiffx.ops._integration import IntegrationResult, IntegrationTraining
 from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
+from scdiffx.ops._ligrec import LigRec, LigRecResult, LigRecTest
 from scdiffx.ops._logistic_annotation import LogisticAnnotation, LogisticAnnotationResult, Standards
 from scdiffx.ops._magic import Magic, MagicResult
 from scdiffx.ops._marker_annotation import MarkerAnnotation, MarkerAnnotationResult
@@ -91,6 +92,9 @@ __all__ = [
     "LatentTimeResult",
     "Leiden",
     "LeidenResult",
+    "LigRec",
+    "LigRecResult",
+    "LigRecTest",
     "Log1p",
     "LogisticAnnotation",
     "LogisticAnnotationResult",

@@ -7,6 +7,7 @@ from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fate_probabilities import fate_probabilities
 from scdiffx.pl._fit import fit
 from scdiffx.pl._grn import grn
+from scdiffx.pl._ligrec import ligrec
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
 from scdiffx.pl._switch_genes import switch_genes
@@ -20,6 +21,7 @@ __all__ = [
     "fate_probabilities",
     "fit",
     "grn",
+    "ligrec",
     "ot_flow",
     "pseudotime",
     "switch_genes",

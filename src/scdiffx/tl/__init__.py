@@ -12,6 +12,7 @@ from scdiffx.tl._influence import influence
 from scdiffx.tl._kmeans import kmeans
 from scdiffx.tl._latent_time import latent_time
 from scdiffx.tl._leiden import leiden
+from scdiffx.tl._ligrec import ligrec
 from scdiffx.tl._ot_trajectory import ot_trajectory
 from scdiffx.tl._ot_transport import ot_interpolate, ot_pull, ot_push
 from scdiffx.tl._parametric_umap import parametric_umap
@@ -41,6 +42,7 @@ __all__ = [
     "kmeans",
     "latent_time",
     "leiden",
+    "ligrec",
     "ot_interpolate",
     "ot_pull",
     "ot_push",

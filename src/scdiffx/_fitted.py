@@ -122,7 +122,7 @@ class Fitted:
             "history": self.history,
         }
         try:
-            text = json.dumps(record, indent=1)
+            text = json.dumps(record, indent=1, default=_described)
         except TypeError as error:
             raise ValueError(f"the plan has an argument that cannot be saved: {error}") from None
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class Fitted:
         for name in ("fit.json", "arrays.npz"):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no saved fit: {name} is missing")
-        record = json.loads((folder / "fit.json").read_text())
+        record = json.loads((folder / "fit.json").read_text(), object_hook=_restored)
         if record.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {record.get('format')!r}; this version reads {FORMAT}")
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
@@ -148,6 +148,26 @@ class Fitted:
         buffers = {k.removeprefix("buffer/"): v for k, v in arrays.items() if k.startswith("buffer/")}
         calls = [(name, dict(arguments)) for name, arguments in record["calls"]]
         return cls(calls, params, buffers, record["losses"], record["adopted"], record["history"], genes)
+
+
+_TABLE = "pandas.DataFrame"
+
+
+def _described(value: Any) -> Any:
+    """An argument of a call that JSON does not know: a table, or names and numbers in an array."""
+    import pandas as pd
+
+    if isinstance(value, pd.DataFrame):
+        return {_TABLE: value.astype(object).to_dict("split")}
+    if isinstance(value, np.ndarray | np.generic | pd.Index | pd.Series):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} {value!r}")
+
+
+def _restored(found: dict[str, Any]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(**found[_TABLE]) if set(found) == {_TABLE} else found
 
 
 def _completed(stored: dict[str, np.ndarray], key: str, value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import anndata as ad
 import jax
 import numpy as np
@@ -155,3 +158,15 @@ def test_a_plan_does_what_the_call_does(cells: ad.AnnData) -> None:
 def test_it_needs_factors() -> None:
     with pytest.raises(ValueError, match="needs tfs"):
         ops.GRN().init(jax.numpy.ones((20, 3)))
+
+
+def test_a_fitted_plan_is_saved_with_its_prior(cells: ad.AnnData, edges: pd.DataFrame, tmp_path: Path) -> None:
+    adata = cells[:200].copy()
+    plan = sd.plan(adata)
+    sd.tl.grn(plan, np.unique(edges["tf"]), prior=edges, penalty=0.01)
+    fitted = sd.fit(plan, sd.losses.l1("tf_activity"), learn="grn", n_steps=2, progress=False)
+    fitted.save(tmp_path / "fit")
+    again = sd.Fitted.load(tmp_path / "fit").apply(adata.copy(), copy=True)
+    pd.testing.assert_frame_equal(again.uns["grn"], fitted.apply(adata.copy(), copy=True).uns["grn"])
+    with pytest.raises(ValueError, match="cannot be saved: PosixPath"):
+        replace(fitted, calls=[("tl.grn", {"tfs": tmp_path})]).save(tmp_path / "other")

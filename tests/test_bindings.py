@@ -141,6 +141,19 @@ def kmeans_keys(key: str) -> dict[str, str]:
     }
 
 
+def domain_keys(key: str) -> dict[str, str]:
+    return {
+        f"obs/{key}": "category",
+        f"obsm/X_{key}": "float32",
+        f"obsm/{key}_probabilities": "float32",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/hops": "float",
+        f"uns/{key}/log_likelihood": "float",
+        f"uns/{key}/held_out_error": "float64",
+    }
+
+
 def annotation_keys(key: str) -> dict[str, str]:
     numbers = ("penalty", "temperature", "accuracy", "calibration_error", "unlike", "unassigned")
     return {
@@ -693,6 +706,14 @@ CASES = [
         counts=True,
         slow=True,
     ),
+    Case(
+        "spatial_domains",
+        "tl.spatial_domains",
+        "placed",
+        domain_keys("spatial_domain"),
+        {"n_domains": 3, "n_init": 2, "n_neighbors": 3, "batch_key": "batch"},
+        keyed=domain_keys("mine"),
+    ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
         "umap",
@@ -808,6 +829,7 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
+        "placed": ("reduced", lambda a: a.obsm.update(spatial=np.asarray(a.obsm["X_pca"][:, 1::-1]))),
         "labelled": ("log", with_known),
         "known": ("counts", with_known),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
@@ -1399,6 +1421,18 @@ REFUSED = [
     ("phate", {"gamma": 2.0}, ValueError, "gamma=2"),
     ("phate", {"mds": "nonmetric"}, ValueError, "mds='nonmetric'.*'classic'"),
     ("phate", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
+    ("spatial_domains", {"n_domains": 0}, ValueError, "n_domains=0"),
+    ("spatial_domains", {"method": "gat"}, ValueError, r"method='gat'.*'smooth'"),
+    ("spatial_domains", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
+    ("spatial_domains", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
+    ("spatial_domains", {"n_neighbors": 3, "radius": 2.0}, ValueError, "either n_neighbors=3 or radius=2.0"),
+    ("spatial_domains", {"radius": -1.0}, ValueError, "radius=-1.0"),
+    ("spatial_domains", {"hops": 0.0}, ValueError, "hops=0.0"),
+    ("spatial_domains", {"gradient": np.inf}, ValueError, "gradient=inf"),
+    ("spatial_domains", {"refine": -1}, ValueError, "refine=-1"),
+    ("spatial_domains", {"n_comps": 0}, ValueError, "n_comps=0"),
+    ("spatial_domains", {"batch_key": "absent"}, KeyError, "batch_key='absent'"),
+    ("spatial_domains", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),

@@ -8,6 +8,7 @@ from scdiffx.pl._fate_probabilities import fate_probabilities
 from scdiffx.pl._fit import fit
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
+from scdiffx.pl._spatial_domains import spatial_domains
 from scdiffx.pl._switch_genes import switch_genes
 from scdiffx.pl._velocity_stream import velocity_stream
 
@@ -20,6 +21,7 @@ __all__ = [
     "fit",
     "ot_flow",
     "pseudotime",
+    "spatial_domains",
     "switch_genes",
     "velocity_stream",
 ]

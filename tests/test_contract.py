@@ -99,6 +99,7 @@ SLOW = {
     "spatial_domains",
     "steady_state",
     "switch_de",
+    "tied_mixture",
     "umap",
     "vae_nb",
     "vae_zinb",

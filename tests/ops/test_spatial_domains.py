@@ -28,8 +28,8 @@ def recorded(squidpy: dict[str, np.ndarray], name: str) -> sp.csr_matrix:
     return sp.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(indptr) - 1,) * 2)
 
 
-def tissue(squidpy: dict[str, np.ndarray], noise: float = 2.0) -> ad.AnnData:
-    """Three stripes in the places of real cells, each with a mean of its own, under noise that hides it in a cell."""
+def tissue(squidpy: dict[str, np.ndarray], noise: float = 0.7) -> ad.AnnData:
+    """Three stripes in the places of real cells, each with a mean of its own, under noise."""
     where = squidpy["coordinates"]
     rng = np.random.default_rng(0)
     stripe = np.digitize(where[:, 1], np.quantile(where[:, 1], [0.3, 0.7]))
@@ -65,92 +65,77 @@ def test_small_slices_and_bad_coordinates() -> None:
         neighbors_in_space(np.full((4, 2), np.nan))
 
 
-def test_averages_slopes_and_votes_by_their_definition(squidpy: dict[str, np.ndarray]) -> None:
-    where = squidpy["coordinates"]
-    z = np.asarray(tissue(squidpy).obsm["X_pca"])
-    near = neighbors_in_space(where, n_neighbors=3).toarray()
-    hop = (near + np.eye(len(z))) / (near.sum(1) + 1)[:, None]
-    average = 0.7 * hop @ z + 0.3 * hop @ hop @ z
-    apart = where[None] - where[:, None]
-    unit = apart / np.maximum(np.linalg.norm(apart, axis=2), 1e-12)[:, :, None]
-    change = (average[None] - average[:, None])[..., None] * unit[:, :, None, :]
-    slope = np.linalg.norm((near[..., None, None] * change).sum(1) / near.sum(1)[:, None, None], axis=2)
-    features = np.concatenate([average, 0.5 * slope], 1)
-    settings = ops.SpatialSettings(n_neighbors=3, n_comps=8, n_refine=2)
-    op = ops.SpatialDomains(
-        hops=1.3, gradient=0.5, mixture=ops.TiedMixture(n_init=2), n_domains=3, settings=settings
-    ).init(jnp.asarray(z), jnp.asarray(where))
-    result = called(op, jnp.asarray(z), jnp.asarray(where))
-    # All components together are a rotation of the features.
-    centred, found = features - features.mean(0), np.asarray(result.embedding)
-    np.testing.assert_allclose(found @ found.T, centred @ centred.T, atol=1e-4)
-    assert (np.diff((found**2).sum(0)) <= 0).all()
-    plain = op.mixture(result.embedding)
-    np.testing.assert_allclose(result.memberships, hop @ hop @ np.asarray(plain.memberships), atol=1e-3)
-    np.testing.assert_array_equal(result.labels, np.asarray(result.memberships).argmax(1))
-
-
-def test_hops_are_those_that_predict_held_out_cells_best(squidpy: dict[str, np.ndarray]) -> None:
-    adata = tissue(squidpy)
-    sd.tl.spatial_domains(adata, 3, n_init=2, n_neighbors=3)
-    entry, codes = adata.uns["spatial_domain"], adata.obs["spatial_domain"].cat.codes.to_numpy()
-    error = entry["held_out_error"]
-    assert error.argmin() == entry["hops"] > 0
-    assert adjusted_rand_score(adata.obs["stripe"], codes) > 0.6
-    # The errors by their definition: held-out cells take no part, each is predicted by the mean of the others.
+def test_each_part_by_its_definition(squidpy: dict[str, np.ndarray]) -> None:
+    """On squidpy's graph, which is not symmetric; cells of different slices are not joined, whatever it says."""
+    adata, where = tissue(squidpy), squidpy["coordinates"]
     z = np.asarray(adata.obsm["X_pca"], np.float64)
-    z = z - z.mean(0)
-    fold = np.asarray(jax.random.permutation(jax.random.key(0), np.arange(len(z)) % 5))
-    near = neighbors_in_space(squidpy["coordinates"], n_neighbors=3).toarray()
-    hop = (near + np.eye(len(near))) / (near.sum(1) + 1)[:, None]
-    walk = np.linalg.matrix_power(hop, 3)
-    total = 0.0
+    even = adata.obs["slice"].to_numpy() == "even"
+    near = recorded(squidpy, "knn").toarray() * (even[:, None] == even)
+    hop = (near + np.eye(len(z))) / (near.sum(1) + 1)[:, None]
+    args = (jnp.asarray(z, jnp.float32), jnp.asarray(where), ops.Graph.from_scipy(recorded(squidpy, "knn")), even + 0)
+    settings = ops.SpatialSettings(n_comps=8, n_refine=2)
+    op = ops.SpatialDomains(gradient=0.5, mixture=ops.TiedMixture(n_init=2), n_domains=3, settings=settings)
+    op = op.init(*args)
+    # Held-out cells take no part in any average, each is predicted by that of the others.
+    errors, fold = np.asarray(op.projection.errors), np.asarray(jax.random.permutation(jax.random.key(0), len(z)) % 5)
+    z -= z.mean(0)
+    walk, total = np.linalg.matrix_power(hop, 3), 0.0
     for i in range(5):
         kept = (fold != i).astype(float)
         reached = walk @ kept
         predicted = walk @ (kept[:, None] * z) / np.where(reached > 0, reached, 1)[:, None]
         total += ((z - predicted)[fold == i] ** 2).sum()
-    assert error[3] == pytest.approx(total / (z**2).sum(), rel=1e-4)
-    assert error[0] == pytest.approx(1)
+    assert errors[3] == pytest.approx(total / (z**2).sum(), rel=1e-4)
+    assert errors[0] == pytest.approx(1)
+    assert errors.argmin() == op.hops > 0
+    # Between whole numbers of hops results are interpolated.
+    op = ops.replace(op, hops=op.hops - 0.3)
+    result = called(op, *args)
+    average = 0.3 * np.linalg.matrix_power(hop, errors.argmin() - 1) @ z
+    average += 0.7 * np.linalg.matrix_power(hop, errors.argmin()) @ z
+    apart = where[None] - where[:, None]
+    unit = apart / np.maximum(np.linalg.norm(apart, axis=2), 1e-12)[:, :, None]
+    change = (average[None] - average[:, None])[..., None] * unit[:, :, None, :]
+    share = near / np.maximum(near.sum(1), 1)[:, None]
+    slope = np.linalg.norm((share[..., None, None] * change).sum(1), axis=2)
+    # All components together are a rotation of the features.
+    features, found = np.concatenate([average, 0.5 * slope], 1), np.asarray(result.embedding, np.float64)
+    expected, found = features - features.mean(0), found - found.mean(0)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+    plain = op.mixture(result.embedding)
+    np.testing.assert_allclose(result.memberships, hop @ hop @ np.asarray(plain.memberships), atol=1e-3)
+    np.testing.assert_array_equal(result.labels, np.asarray(result.memberships).argmax(1))
+    assert adjusted_rand_score(adata.obs["stripe"], np.asarray(result.labels)) > 0.6
 
 
-def test_squidpys_graph_is_used_where_there_is_one(squidpy: dict[str, np.ndarray]) -> None:
+def test_squidpys_graph_is_used_and_leiden_sets_the_number(squidpy: dict[str, np.ndarray]) -> None:
     adata = tissue(squidpy)
-    directed = recorded(squidpy, "knn")
-    adata.obsp["spatial_connectivities"] = directed
-    settings = {"hops": 2.0, "n_init": 2, "batch_key": "slice", "refine": 0}
-    sd.tl.spatial_domains(adata, 3, **settings)
-    assert adata.uns["spatial_domain"]["params"]["connectivities_key"] == "spatial_connectivities"
-    # Cells of different slices are not joined, whatever the graph says.
-    even = np.arange(adata.n_obs) % 2 == 0
-    near = directed.toarray() * (even[:, None] == even)
-    hop = (near + np.eye(len(near))) / (near.sum(1) + 1)[:, None]
-    average = hop @ hop @ adata.obsm["X_pca"]
-    centred, found = average - average.mean(0), adata.obsm["X_spatial_domain"]
-    np.testing.assert_allclose(found @ found.T, centred @ centred.T, atol=1e-4)
-    del adata.obsm["spatial"]
-    sd.tl.spatial_domains(adata, 3, key_added="again", **settings)
-    assert (adata.obs["again"] == adata.obs["spatial_domain"]).all()
-
-
-@pytest.mark.slow
-def test_leiden_sets_the_number_of_domains(squidpy: dict[str, np.ndarray]) -> None:
-    adata = tissue(squidpy)
-    sd.tl.spatial_domains(adata, hops=3.0, resolution=0.3, n_neighbors=3)
+    adata.obsp["spatial_connectivities"] = recorded(squidpy, "knn")
+    sd.tl.spatial_domains(adata, batch_key="slice", resolution=0.3, refine=0)
+    entry = adata.uns["spatial_domain"]
+    assert entry["params"]["connectivities_key"] == "spatial_connectivities"
     sd.pp.neighbors(adata, n_neighbors=15, use_rep="X_spatial_domain")
     sd.tl.leiden(adata, 0.3)
-    count = adata.obsm["spatial_domain_probabilities"].shape[1]
-    assert count == len(adata.obs["leiden"].cat.categories) > 1
+    member, codes = adata.obsm["spatial_domain_probabilities"], adata.obs["spatial_domain"].cat.codes.to_numpy()
+    assert member.shape[1] == len(adata.obs["leiden"].cat.categories) > 1
+    np.testing.assert_array_equal(member.argmax(1), codes)
+    assert (np.diff(np.bincount(codes)) <= 0).all()
+    # A graph is enough.
+    del adata.obsm["spatial"]
+    sd.tl.spatial_domains(adata, batch_key="slice", resolution=0.3, refine=0, key_added="again")
+    assert (adata.obs["again"] == adata.obs["spatial_domain"]).all()
 
 
 @pytest.mark.slow
 def test_layers_of_a_cortex_are_found(data_dir: Path) -> None:
     adata = ad.read_h5ad(data_dir / "dlpfc_151510" / "dlpfc_151510.h5ad")
+    # Half of the slice, across all layers.
+    adata = adata[adata.obsm["spatial"][:, 1] < np.median(adata.obsm["spatial"][:, 1])].copy()
     sd.pp.normalize_total(adata)
     sd.pp.log1p(adata)
     sd.pp.pca(adata, n_comps=30)
     sd.tl.spatial_domains(adata, 7, n_init=3)
     known = (adata.obs["layer"].astype(str) != "NA").to_numpy()
     score = adjusted_rand_score(adata.obs["layer"][known], adata.obs["spatial_domain"][known])
-    # Leiden without space: .34. The choice of hops and the mixture are as in benchmarks/spatial_domains.py.
-    assert score > 0.5
+    # Leiden without space reaches .33 on the whole slice, this method .55: benchmarks/spatial_domains.py.
+    assert score > 0.45

@@ -37,7 +37,7 @@ from scdiffx.ops._scanvi_fit import SemiSupervisedTraining
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
-from scdiffx.ops._spatial_domains import SpatialDomains, SpatialDomainsResult, SpatialProjection, SpatialSettings
+from scdiffx.ops._spatial_domains import SpatialDomains, SpatialDomainsResult, SpatialSettings
 from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
@@ -133,7 +133,6 @@ __all__ = [
     "SoloResult",
     "SpatialDomains",
     "SpatialDomainsResult",
-    "SpatialProjection",
     "SpatialSettings",
     "Standards",
     "SteadyState",

@@ -72,8 +72,8 @@ class TiedMixture:
             raise ValueError(f"n_components={self.n_components} must lie between 1 and the number of cells, {n}")
         if self.means is None:
             keys = jax.random.split(jax.random.key(0) if key is None else key, self.n_init)
-            starts = (_partition(x, self.n_components, key) for key in keys)
-            runs = (_from_partition(x, start, self.n_components, _START_TOL, _START_ITER) for start in starts)
+            starts = (_parameters(x, _partition(x, self.n_components, key), self.n_components) for key in keys)
+            runs = (_run(x, start, _START_TOL, _START_ITER) for start in starts)
             best = max(runs, key=lambda run: float(run.log_likelihood)).parameters
         else:
             best = self._held()
@@ -82,11 +82,11 @@ class TiedMixture:
     def from_labels(self, x: Float[Array, "cells dims"], labels: Int[Array, " cells"]) -> TiedMixture:
         """The operator after `init` from a given partition instead of k-means."""
         count = int(labels.max()) + 1
-        start = _from_partition(x, jnp.asarray(labels), count, 0.0, 0).parameters
+        start = _parameters(x, jnp.asarray(labels), count)
         return replace(self, n_components=count)._fitted(x, start, numbered=True)
 
     def _fitted(self, x: Array, start: Parameters, *, numbered: bool) -> TiedMixture:
-        run = _refit(x, start, self._tol(x), self.max_iter)
+        run = _run(x, start, self._tol(x), self.max_iter)
         if not bool(run.converged):
             warn(f"the mixture still moves after max_iter={self.max_iter} iterations: raise it")
         best = run.parameters
@@ -111,8 +111,7 @@ class TiedMixture:
         logits, rest = _logits(x, found)
         total = (jax.nn.logsumexp(logits, axis=1) + rest).mean() - jnp.log(scale).sum()
         labels = logits.argmax(1).astype(jnp.int32)
-        means, covariance = found.means * scale + middle, found.covariance * jnp.outer(scale, scale)
-        return TiedMixtureResult(labels, jax.nn.softmax(logits), found.weights, means, covariance, total)
+        return TiedMixtureResult(labels, jax.nn.softmax(logits), *_unframed(found, middle, scale), total)
 
 
 class _Run(NamedTuple):
@@ -130,6 +129,10 @@ def _frame(x: Array) -> tuple[Array, Array]:
 
 def _framed(p: Parameters, middle: Array, scale: Array) -> Parameters:
     return Parameters(p.weights, (p.means - middle) / scale, p.covariance / jnp.outer(scale, scale))
+
+
+def _unframed(p: Parameters, middle: Array, scale: Array) -> Parameters:
+    return Parameters(p.weights, p.means * scale + middle, p.covariance * jnp.outer(scale, scale))
 
 
 def _logits(x: Float[Array, "cells dims"], p: Parameters) -> tuple[Float[Array, "cells components"], Array]:
@@ -216,22 +219,17 @@ def _partition(x: Array, n_components: int, key: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="k")
-def _from_partition(x: Array, labels: Array, k: int, tol: float, max_iter: int) -> _Run:
+def _parameters(x: Array, labels: Array, k: int) -> Parameters:
     middle, scale = _frame(x)
-    x = (x - middle) / scale
-    return _unframed(x, _updated(x, jax.nn.one_hot(labels, k, dtype=x.dtype)), middle, scale, tol, max_iter)
+    return _unframed(_updated((x - middle) / scale, jax.nn.one_hot(labels, k, dtype=x.dtype)), middle, scale)
 
 
 @jax.jit
-def _refit(x: Array, p: Parameters, tol: float, max_iter: int) -> _Run:
+def _run(x: Array, start: Parameters, tol: float, max_iter: int) -> _Run:
     middle, scale = _frame(x)
-    p = _framed(jax.tree.map(lambda a: jnp.asarray(a, x.dtype), p), middle, scale)
-    return _unframed((x - middle) / scale, p, middle, scale, tol, max_iter)
-
-
-def _unframed(x: Array, start: Parameters, middle: Array, scale: Array, tol: Any, max_iter: Any) -> _Run:
+    start = _framed(jax.tree.map(lambda a: jnp.asarray(a, x.dtype), start), middle, scale)
+    x = (x - middle) / scale
     found, converged = _iterated(x, start, tol, max_iter)
     logits, rest = _logits(x, found)
     likelihood = (jax.nn.logsumexp(logits, axis=1) + rest).mean() - jnp.log(scale).sum()
-    there = Parameters(found.weights, found.means * scale + middle, found.covariance * jnp.outer(scale, scale))
-    return _Run(there, logits.argmax(1), likelihood, converged)
+    return _Run(_unframed(found, middle, scale), logits.argmax(1), likelihood, converged)

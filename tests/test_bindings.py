@@ -150,7 +150,6 @@ def domain_keys(key: str) -> dict[str, str]:
         f"uns/{key}/params": "mapping",
         f"uns/{key}/hops": "float",
         f"uns/{key}/log_likelihood": "float",
-        f"uns/{key}/held_out_error": "float64",
     }
 
 
@@ -711,7 +710,7 @@ CASES = [
         "tl.spatial_domains",
         "placed",
         domain_keys("spatial_domain"),
-        {"n_domains": 3, "n_init": 2, "n_neighbors": 3, "batch_key": "batch"},
+        {"n_domains": 3, "hops": 2, "n_init": 2, "n_neighbors": 3, "batch_key": "batch"},
         keyed=domain_keys("mine"),
     ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),

@@ -53,7 +53,7 @@ def spatial_domains(
         Annotated data (cells x genes) with coordinates or a spatial graph, or a plan.
     n_domains
         Number of domains. By default as many as Leiden communities of the averages at `resolution`, from which the
-        mixture then starts.
+        mixture then starts; at resolution 1 these are many more than a tissue has layers.
     method
         "smooth", as described. A graph attention autoencoder ("gat") is not there yet.
     use_rep

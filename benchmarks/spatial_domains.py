@@ -8,7 +8,7 @@ Rand index over labelled cells, mean and range over seeds. Baselines: Leiden on 
 default resolution; and averages after a fixed number of hops with scikit-learn's tied mixture (20 components, the best
 of 10 starts), at the number chosen here on the labels, which favours it, and at the one chosen by `spatial_domains`.
 Variants of ours: without the vote at the end, with slopes (gradient=0.7). Coherence: the share of a cell's neighbours
-in its domain, beside that after shuffling the domains. With --part scale, which should be a process of its own, peak
+in its domain, beside that after shuffling the domains. Last, the number of domains left to Leiden. With --part scale, which should be a process of its own, peak
 memory and seconds for starmap3d_33k: 28 intensities, three coordinates, 10 domains.
 """
 
@@ -108,6 +108,9 @@ def accuracy(name: str, given: argparse.Namespace) -> dict[str, Any]:
         print(f"  {method:<42} {np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})", flush=True)
     by_hops = {hops: round(float(np.mean(found)), 3) for hops, found in fixed.items()}
     print(f"  averages by hops: {by_hops}")
+    sd.tl.spatial_domains(adata, key_added="free")
+    free = len(adata.obs["free"].cat.categories), score(truth, adata.obs["free"])
+    print(f"  number left to Leiden: {free[0]} domains, {free[1]:.3f}")
     print(f"  coherence {np.mean(within):.3f}, shuffled {np.mean(shuffled):.3f}; seconds {np.round(seconds, 1)}")
     if given.plot and name == "dlpfc_151510":
         plotted(adata, truth, count, given.plot)
@@ -116,6 +119,7 @@ def accuracy(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "hops": chosen,
         "by_hops": by_hops,
+        "free": free,
         "coherence": within,
         "shuffled": shuffled,
         "seconds": seconds,

@@ -131,6 +131,15 @@ def test_squidpys_graph_is_used_and_leiden_sets_the_number(squidpy: dict[str, np
 
 
 @pytest.mark.slow
+def test_nothing_is_averaged_where_space_tells_nothing(squidpy: dict[str, np.ndarray]) -> None:
+    adata = tissue(squidpy)
+    adata.obsm["spatial"] = np.random.default_rng(0).permutation(adata.obsm["spatial"])
+    with pytest.warns(UserWarning, match="neighbours in space do not predict expression"):
+        sd.tl.spatial_domains(adata, 3, n_neighbors=3, n_init=1)
+    np.testing.assert_allclose(adata.uns["spatial_domain"]["hops"], 0.001, rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_layers_of_a_cortex_are_found(data_dir: Path) -> None:
     adata = ad.read_h5ad(data_dir / "dlpfc_151510" / "dlpfc_151510.h5ad")
     # Half of the slice, across all layers.

@@ -15,6 +15,7 @@ from scdiffx._core.graph import Graph, Pattern, columns_to_slots, rows_to_slots
 from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx._core.spatial import neighbors_in_space
+from scdiffx._log import warn
 from scdiffx.ops._leiden import Leiden
 from scdiffx.ops._neighbors import Neighbors
 from scdiffx.ops._tied_mixture import TiedMixture
@@ -22,6 +23,7 @@ from scdiffx.ops._tied_mixture import TiedMixture
 __all__ = ["SpatialDomains", "SpatialDomainsResult", "SpatialProjection", "SpatialSettings"]
 
 _LEIDEN_NEIGHBORS = 15
+_NO_HOP = 1e-3  # hops are positive; so few change nothing to speak of
 
 
 class SpatialDomainsResult(NamedTuple):
@@ -103,8 +105,10 @@ class SpatialDomains:
         errors = jnp.zeros(0, x.dtype)
         if op.hops is None:
             errors = op._held_out_errors(x, graph, batch, key)
-            # A hop is a positive number: without any structure in space almost nothing is averaged.
-            op = replace(op, hops=jnp.maximum(errors.argmin(), 1e-3).astype(x.dtype))
+            chosen = int(np.asarray(errors).argmin())
+            if chosen == 0:
+                warn("neighbours in space do not predict expression: nothing is averaged, unless `hops` is given")
+            op = replace(op, hops=jnp.asarray(max(chosen, _NO_HOP), x.dtype))
         if op.n_hops is None:
             op = replace(op, n_hops=max(math.ceil(float(np.asarray(op.hops))), 1))
         if op.projection is None or op.mixture.means is None:
@@ -129,10 +133,10 @@ class SpatialDomains:
 
     def _held_out_errors(self, x: Array, graph: Graph | None, batch: Array | None, key: Array) -> Array:
         """Squared errors of predicting each cell from cells of other folds after 0, 1, ... hops, relative to none."""
-        fold = jax.random.permutation(key, np.arange(x.shape[0]) % self.settings.n_folds)
-        return sum(
-            (_held_out_error(self, x, graph, batch, fold, i) for i in range(self.settings.n_folds)), jnp.zeros(())
-        )
+        count = self.settings.n_folds
+        fold = jax.random.permutation(key, np.arange(x.shape[0]) % count)
+        parts = [np.asarray(_held_out_error(self, x, graph, batch, fold, i)) for i in range(count)]
+        return jnp.asarray(np.sum(parts, 0))
 
     def _divided(self, embedding: Array, key: Array) -> SpatialDomains:
         """The mixture from k-means starts, or from a Leiden partition where the number of domains is not given."""

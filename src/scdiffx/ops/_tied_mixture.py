@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_solve
@@ -91,8 +92,9 @@ class TiedMixture:
             warn(f"the mixture still moves after max_iter={self.max_iter} iterations: raise it")
         best = run.parameters
         if numbered:
-            order = jnp.argsort(-jnp.bincount(run.labels, length=self.n_components))
-            best = Parameters(best.weights[order], best.means[order], best.covariance)
+            order = np.argsort(-np.bincount(run.labels, minlength=self.n_components), kind="stable")
+            weights, means = (jnp.asarray(np.asarray(a)[order]) for a in best[:2])
+            best = Parameters(weights, means, best.covariance)
         return replace(self, **best._asdict())
 
     def _tol(self, x: Array) -> float:

@@ -81,8 +81,10 @@ def spatial_domains(
     colors, points = saved_colors(adata, key), where[:, :2]
     axes = new_axes(ax, (6.4, 5.0))
     span = np.ptp(points[shown], axis=0)
-    axes.set_xlim(points[shown, 0].min() - 0.02 * span[0] - 1e-9, points[shown, 0].max() + 0.02 * span[0] + 1e-9)
-    axes.set_ylim(points[shown, 1].max() + 0.02 * span[1] + 1e-9, points[shown, 1].min() - 0.02 * span[1] - 1e-9)
+    margin = 0.02 * span.max() or 1.0
+    low, high = points[shown].min(0) - margin, points[shown].max(0) + margin
+    axes.set_xlim(low[0], high[0])
+    axes.set_ylim(high[1], low[1])
     axes.set_aspect("equal")
     style: dict[str, Any] = {"linewidths": 0, "rasterized": True}
     style["s"] = _area(axes, span, int(shown.sum())) if size is None else size

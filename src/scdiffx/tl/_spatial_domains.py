@@ -115,7 +115,7 @@ def spatial_domains(
     Warns
     -----
     UserWarning
-        If the mixture did not converge.
+        If the mixture did not converge, or averaging does not help to predict held-out cells (`hops` is then 0.001).
 
     Notes
     -----

@@ -8,8 +8,9 @@ Rand index over labelled cells, mean and range over seeds. Baselines: Leiden on 
 default resolution; and averages after a fixed number of hops with scikit-learn's tied mixture (20 components, the best
 of 10 starts), at the number chosen here on the labels, which favours it, and at the one chosen by `spatial_domains`.
 Variants of ours: without the vote at the end, with slopes (gradient=0.7). Coherence: the share of a cell's neighbours
-in its domain, beside that after shuffling the domains. Last, the number of domains left to Leiden. With --part scale, which should be a process of its own, peak
-memory and seconds for starmap3d_33k: 28 intensities, three coordinates, 10 domains.
+in its domain, beside that after shuffling the domains. Last, the number of domains left to Leiden. With --part scale,
+which should be a process of its own, peak memory and seconds for starmap3d_33k: 28 intensities, three coordinates, 10
+domains.
 """
 
 from __future__ import annotations

@@ -167,6 +167,18 @@ def kmeans_keys(key: str) -> dict[str, str]:
     }
 
 
+def domain_keys(key: str) -> dict[str, str]:
+    return {
+        f"obs/{key}": "category",
+        f"obsm/X_{key}": "float32",
+        f"obsm/{key}_probabilities": "float32",
+        f"uns/{key}": "mapping",
+        f"uns/{key}/params": "mapping",
+        f"uns/{key}/hops": "float",
+        f"uns/{key}/log_likelihood": "float",
+    }
+
+
 def annotation_keys(key: str) -> dict[str, str]:
     numbers = ("penalty", "temperature", "accuracy", "calibration_error", "unlike", "unassigned")
     return {
@@ -731,6 +743,14 @@ CASES = [
         keyed=grn_keys("mine", "mine_activity"),
         matrix=True,
     ),
+    Case(
+        "spatial_domains",
+        "tl.spatial_domains",
+        "placed",
+        domain_keys("spatial_domain"),
+        {"n_domains": 3, "hops": 2, "n_init": 2, "n_neighbors": 3, "batch_key": "batch"},
+        keyed=domain_keys("mine"),
+    ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
         "umap",
@@ -855,6 +875,7 @@ def _source(name: str) -> ad.AnnData:
         "selected": ("log", lambda a: sd.pp.highly_variable_genes(a, n_top_genes=60)),
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
+        "placed": ("reduced", lambda a: a.obsm.update(spatial=np.asarray(a.obsm["X_pca"][:, 1::-1]))),
         "labelled": ("log", with_known),
         "known": ("counts", with_known),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
@@ -1480,6 +1501,18 @@ REFUSED = [
     ("ligrec", {"threshold": 1.0}, ValueError, "threshold=1.0 of cells"),
     ("ligrec", {"n_perms": 0}, ValueError, "n_perms=0"),
     ("ligrec", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
+    ("spatial_domains", {"n_domains": 0}, ValueError, "n_domains=0"),
+    ("spatial_domains", {"method": "gat"}, ValueError, r"method='gat'.*'smooth'"),
+    ("spatial_domains", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
+    ("spatial_domains", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
+    ("spatial_domains", {"n_neighbors": 3, "radius": 2.0}, ValueError, "either n_neighbors=3 or radius=2.0"),
+    ("spatial_domains", {"radius": -1.0}, ValueError, "radius=-1.0"),
+    ("spatial_domains", {"hops": 0.0}, ValueError, "hops=0.0"),
+    ("spatial_domains", {"gradient": np.inf}, ValueError, "gradient=inf"),
+    ("spatial_domains", {"refine": -1}, ValueError, "refine=-1"),
+    ("spatial_domains", {"n_comps": 0}, ValueError, "n_comps=0"),
+    ("spatial_domains", {"batch_key": "absent"}, KeyError, "batch_key='absent'"),
+    ("spatial_domains", {"use_rep": "X_absent"}, KeyError, r"use_rep='X_absent'.*'X_pca'"),
     ("kmeans", {"n_clusters": 0}, ValueError, "n_clusters=0"),
     ("kmeans", {"n_clusters": CELLS + 1}, ValueError, f"n_clusters={CELLS + 1}.*{CELLS}"),
     ("kmeans", {"n_init": 0}, ValueError, "n_init=0"),

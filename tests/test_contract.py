@@ -98,8 +98,10 @@ SLOW = {
     "scrublet",
     "semi_supervised_vae",
     "solo",
+    "spatial_domains",
     "steady_state",
     "switch_de",
+    "tied_mixture",
     "umap",
     "vae_nb",
     "vae_zinb",
@@ -436,6 +438,32 @@ CASES = [
             learns=("temperature",),
         )
         for name, settings in (("hard", {"temperature": 3.0}), ("soft", {"temperature": 5.0, "n_soft": 3}))
+    ),
+    Case(
+        "tied_mixture",
+        # The last digits of its parameters count in finite differences.
+        lambda: ops.TiedMixture(n_components=3, n_init=2, tol=1e-13),
+        lambda d: (d.coordinates[:, :4],),
+        lambda r: (r.memberships, r.weights, r.means, r.covariance, r.log_likelihood),
+        budget=150,
+        # The starts are drawn by the order of the cells.
+        equivariant=False,
+    ),
+    Case(
+        "spatial_domains",
+        lambda: ops.SpatialDomains(
+            hops=1.6,
+            gradient=0.7,
+            mixture=ops.TiedMixture(n_init=2, tol=1e-13),
+            n_domains=3,
+            settings=ops.SpatialSettings(n_neighbors=3, n_comps=4),
+        ),
+        lambda d: (d.coordinates[:, :6], d.coordinates[:, :2], None, d.batch),
+        lambda r: (r.memberships, r.embedding, r.log_likelihood),
+        budget=300,
+        learns=("hops", "gradient"),
+        # The starts are drawn by the order of the cells.
+        equivariant=False,
     ),
     Case(
         "logistic_annotation",

@@ -537,6 +537,36 @@ def test_a_network_has_its_strongest_edges_by_sign() -> None:
         sd.pl.grn(network(), n_edges=0)
 
 
+def test_spatial_domains_are_drawn_in_place_and_by_slice() -> None:
+    adata = ordered_cells(4, 300)
+    adata.obsm["spatial"] = np.random.default_rng(0).uniform(size=(300, 3)) * [30, 10, 1]
+    ax = sd.pl.spatial_domains(adata, key="group", show=False)
+    for i, group in enumerate(adata.obs["group"].cat.categories):
+        drawn = adata.obsm["spatial"][adata.obs["group"] == group, :2]
+        np.testing.assert_allclose(ax.collections[i].get_offsets(), drawn)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(adata.obs["group"].cat.categories)
+    assert ax.yaxis_inverted()
+    assert not ax.xaxis_inverted()
+    assert inside(ax)
+    assert pixels(ax.figure)[..., :3].std() > 10
+    adata.uns["group_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#123456"]
+    adata.obs["slice"] = np.where(np.arange(300) < 100, "a", "b")
+    adata.uns["group"] = {"params": {"batch_key": "slice"}}
+    ax = sd.pl.spatial_domains(adata, key="group", batch="a", show=False)
+    assert sum(len(c.get_offsets()) for c in ax.collections) == 100
+    groups = [adata.obs["group"].cat.categories.get_loc(t.get_text()) for t in ax.get_legend().get_texts()]
+    shades = [to_rgba(adata.uns["group_colors"][i]) for i in groups]
+    np.testing.assert_allclose([c.get_facecolors()[0] for c in ax.collections], shades)
+    with pytest.raises(ValueError, match=r"pass `batch=`, one of \['a', 'b'\]"):
+        sd.pl.spatial_domains(adata, key="group")
+    with pytest.raises(KeyError, match="batch='c'"):
+        sd.pl.spatial_domains(adata, key="group", batch="c")
+    with pytest.raises(KeyError, match=r"key='spatial_domain'.*run `sd\.tl\.spatial_domains` first"):
+        sd.pl.spatial_domains(adata)
+    with pytest.raises(KeyError, match="spatial_key='absent'"):
+        sd.pl.spatial_domains(adata, key="group", spatial_key="absent")
+
+
 def switching() -> ad.AnnData:
     """Three genes that switch on, in reverse order of their times, two that switch off, and one that does neither."""
     rng = np.random.default_rng(0)

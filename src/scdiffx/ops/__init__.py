@@ -39,9 +39,11 @@ from scdiffx.ops._scanvi_fit import SemiSupervisedTraining
 from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
+from scdiffx.ops._spatial_domains import SpatialDomains, SpatialDomainsResult, SpatialSettings
 from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
+from scdiffx.ops._tied_mixture import TiedMixture, TiedMixtureResult
 from scdiffx.ops._transition_matrix import TransitionMatrix
 from scdiffx.ops._umap import UMAP, UMAPDensity, UMAPResult, UMAPSettings
 from scdiffx.ops._vae import VAE, Training, VAEResult
@@ -136,11 +138,16 @@ __all__ = [
     "SimulateResult",
     "Solo",
     "SoloResult",
+    "SpatialDomains",
+    "SpatialDomainsResult",
+    "SpatialSettings",
     "Standards",
     "SteadyState",
     "SteadyStateResult",
     "SwitchDE",
     "SwitchDEResult",
+    "TiedMixture",
+    "TiedMixtureResult",
     "Training",
     "TransitionMatrix",
     "UMAPDensity",

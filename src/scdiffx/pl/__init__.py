@@ -10,6 +10,7 @@ from scdiffx.pl._grn import grn
 from scdiffx.pl._ligrec import ligrec
 from scdiffx.pl._ot_flow import ot_flow
 from scdiffx.pl._pseudotime import pseudotime
+from scdiffx.pl._spatial_domains import spatial_domains
 from scdiffx.pl._switch_genes import switch_genes
 from scdiffx.pl._velocity_stream import velocity_stream
 
@@ -24,6 +25,7 @@ __all__ = [
     "ligrec",
     "ot_flow",
     "pseudotime",
+    "spatial_domains",
     "switch_genes",
     "velocity_stream",
 ]

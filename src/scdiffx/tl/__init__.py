@@ -19,6 +19,7 @@ from scdiffx.tl._parametric_umap import parametric_umap
 from scdiffx.tl._phate import phate
 from scdiffx.tl._pseudotime import dpt, pseudotime
 from scdiffx.tl._simulate import simulate
+from scdiffx.tl._spatial_domains import spatial_domains
 from scdiffx.tl._switch_de import switch_de
 from scdiffx.tl._transition_matrix import transition_matrix
 from scdiffx.tl._umap import umap
@@ -51,6 +52,7 @@ __all__ = [
     "phate",
     "pseudotime",
     "simulate",
+    "spatial_domains",
     "switch_de",
     "transition_matrix",
     "umap",

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scdiffx import ops
+from scdiffx._core.random import as_seed, one_rng
+from scdiffx._slots import Obs, Obsm, Obsp, Slot, Uns, available, categories, check_batch
+from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.tl._ot_trajectory import representation
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_METHODS = ("smooth",)
+
+
+@public
+def spatial_domains(
+    adata: AnnData | Plan,
+    n_domains: int | None = None,
+    *,
+    method: str = "smooth",
+    use_rep: str | None = None,
+    spatial_key: str = "spatial",
+    batch_key: str | None = None,
+    n_neighbors: int | None = None,
+    radius: float | None = None,
+    hops: float | None = None,
+    gradient: float | None = None,
+    n_comps: int = 20,
+    refine: int = 1,
+    resolution: float = 1.0,
+    n_init: int = 10,
+    random_state: Any = None,
+    key_added: str = "spatial_domain",
+    copy: bool = False,
+    rng: Any = None,
+) -> AnnData | None:
+    """Divide a tissue into domains of like expression.
+
+    Each cell's representation is averaged over its neighbourhood in space, and a Gaussian mixture with one covariance
+    for all domains is fitted to the principal components of the averages. How far to average is chosen without labels:
+    the number of hops after which the expression of held-out cells is predicted best from the other cells around them.
+    The cost is linear in cells.
+
+    Parameters
+    ----------
+    adata
+        Annotated data (cells x genes) with coordinates or a spatial graph, or a plan.
+    n_domains
+        Number of domains. By default as many as Leiden communities of the averages at `resolution`, from which the
+        mixture then starts; at resolution 1 these are many more than a tissue has layers.
+    method
+        "smooth", as described. A graph attention autoencoder ("gat") is not there yet.
+    use_rep
+        Key of `obsm` with the representation to average; default: the principal components. For several slices with
+        technical differences use one without them, such as "X_pca_harmony".
+    spatial_key
+        Coordinates are ``obsm[spatial_key]``, two or three columns. Neighbours are those of
+        ``obsp[f"{spatial_key}_connectivities"]``, as ``squidpy.gr.spatial_neighbors`` writes it, where it exists.
+    batch_key
+        Column of `obs` with the slice of each cell: cells of different slices are never neighbours, domains are found
+        in all slices together.
+    n_neighbors
+        Instead of the graph in `obsp`, join each cell with its so many nearest, and with those whose nearest it is.
+        Default 6, where there is no graph.
+    radius
+        Instead, join cells within this distance, in the unit of the coordinates.
+    hops
+        How often each cell is replaced by the mean of itself and its neighbours; between whole numbers results are
+        interpolated. By default chosen from 0 to 30 as described, by five-fold cross-validation.
+    gradient
+        Weight of the sizes of the averages' slopes in space as further features, after BANKSY, where it is about 0.7.
+        By default they are not used.
+    n_comps
+        Principal components of the averages to keep.
+    refine
+        How often memberships are averaged over a cell and its neighbours at the end (a vote of the majority).
+    resolution
+        Of Leiden, where `n_domains` is None.
+    n_init
+        Starts of the mixture, of which the likeliest result is kept.
+    random_state, rng
+        Seed: an integer, a numpy generator or a JAX key; give one of the two. Default 0.
+    key_added
+        Name of the results.
+    copy
+        Return a copy instead of writing to `adata`.
+
+    Returns
+    -------
+    None, or the copy. Sets:
+
+    `adata.obs["spatial_domain" | key_added]` : categorical of str (cells,)
+        Domains "0", "1", ..., largest first (before refinement).
+    `adata.obsm["X_spatial_domain" | f"X_{key_added}"]` : float32 (cells, n_comps)
+        Principal components of the averages.
+    `adata.obsm["spatial_domain_probabilities" | f"{key_added}_probabilities"]` : float32 (cells, n_domains)
+        Memberships, which sum to 1; the largest is that of the cell's domain.
+    `adata.uns["spatial_domain" | key_added]` : dict
+        `params`, the `hops` used, the `log_likelihood` of the mixture (mean over cells), and where `hops` was chosen
+        the `held_out_error` after 0, 1, ... hops, as a share of the variance.
+
+    Raises
+    ------
+    KeyError
+        If the representation, the coordinates or `batch_key` do not exist.
+    ValueError
+        If there are fewer cells than domains, or a setting is not usable.
+
+    Warns
+    -----
+    UserWarning
+        If the mixture did not converge, or averaging does not help to predict held-out cells (`hops` is then 0.001).
+
+    Notes
+    -----
+    In a plan `hops` and `gradient` can be learned, and derivatives pass through memberships and components. The axes of
+    the first call stay, and iterations of the mixture start from its first parameters, also for new cells.
+
+    References
+    ----------
+    Singhal et al. (2024), BANKSY unifies cell typing and tissue domain segmentation for scalable spatial omics data
+    analysis. Scrucca et al. (2016), mclust 5 (the model EEE).
+    """
+    data = adata.adata if isinstance(adata, Plan) else adata
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r} is not available. Available: {list(_METHODS)}")
+    if n_domains is not None and not 1 <= n_domains <= data.n_obs:
+        raise ValueError(f"n_domains={n_domains!r} must lie between 1 and the number of cells, {data.n_obs}")
+    _check_settings(n_neighbors=n_neighbors, n_comps=n_comps, n_init=n_init)
+    if refine < 0:
+        raise ValueError(f"refine={refine!r} must not be negative")
+    for name, value in (("radius", radius), ("hops", hops), ("gradient", gradient), ("resolution", resolution)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r} must be greater than 0")
+    if n_neighbors is not None and radius is not None:
+        raise ValueError(f"pass either n_neighbors={n_neighbors!r} or radius={radius!r}, not both")
+    check_batch(data, batch_key)
+    z = representation(adata, use_rep)
+    coordinates, graph = _space(adata, spatial_key, given=n_neighbors is None and radius is None)
+    if gradient is not None and coordinates is None:
+        raise KeyError(f"gradient={gradient!r} needs coordinates: `adata.obsm[{spatial_key!r}]` does not exist")
+    if graph is not None and gradient is None:
+        coordinates = None
+    seed = as_seed(one_rng(rng, random_state))
+    settings = ops.SpatialSettings(
+        n_neighbors=6 if n_neighbors is None else n_neighbors,
+        radius=None if radius is None else float(radius),
+        n_comps=n_comps,
+        n_refine=refine,
+        resolution=float(resolution),
+    )
+    near = {"radius": radius} if radius is not None else {"n_neighbors": settings.n_neighbors}
+    params = {
+        "method": method,
+        "use_rep": z.key,
+        "spatial_key": spatial_key,
+        "n_comps": n_comps,
+        "refine": refine,
+        "n_init": n_init,
+        "random_state": seed,
+        **({"resolution": resolution} if n_domains is None else {"n_domains": n_domains}),
+        **(near if graph is None else {"connectivities_key": graph.key}),
+        **({} if batch_key is None else {"batch_key": batch_key}),
+        **({} if gradient is None else {"gradient": gradient}),
+    }
+
+    def notes(op: ops.SpatialDomains, result: ops.SpatialDomainsResult, args: Any) -> Mapping[Slot, Any]:
+        assert op.projection is not None
+        entry = {"params": params, "hops": float(np.asarray(op.hops)), "log_likelihood": float(result.log_likelihood)}
+        if len(op.projection.errors):
+            entry["held_out_error"] = np.asarray(op.projection.errors, np.float64)
+        labels = np.asarray(result.labels)
+        # A domain of few cells can be outvoted everywhere; its name stays.
+        codes = categories(np.append(labels, result.memberships.shape[1] - 1))[:-1]
+        return {Obs(key_added): codes, Uns(key_added): entry}
+
+    step = Step(
+        "spatial_domains",
+        ops.SpatialDomains(
+            hops=None if hops is None else float(hops),
+            gradient=None if gradient is None else float(gradient),
+            mixture=ops.TiedMixture(n_init=n_init),
+            n_domains=n_domains,
+            settings=settings,
+        ),
+        reads=(z, coordinates, graph, None if batch_key is None else Obs(batch_key, codes=True)),
+        writes=(
+            Write(Obs(key_added), lambda op, result: result.labels),
+            Write(Obsm(f"X_{key_added}"), lambda op, result: result.embedding, np.float32),
+            Write(Obsm(f"{key_added}_probabilities"), lambda op, result: result.memberships, np.float32),
+        ),
+        message="dividing the tissue into domains",
+        notes=notes,
+        rng=seed,
+    )
+    return apply(adata, step, copy=copy)
+
+
+def _check_settings(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+def _space(adata: AnnData | Plan, spatial_key: str, *, given: bool) -> tuple[Obsm | None, Obsp | None]:
+    """The coordinates, and the graph where one is to be used; at least one of the two."""
+    data = adata.adata if isinstance(adata, Plan) else adata
+    coordinates, graph = Obsm(spatial_key), Obsp(f"{spatial_key}_connectivities")
+    use_graph = given and graph.exists(data)
+    if not coordinates.exists(data):
+        if not use_graph:
+            raise KeyError(
+                f"spatial_key={spatial_key!r} is not in `adata.obsm`. Available: {available(data.obsm.keys())}"
+            )
+        return None, graph
+    return coordinates, graph if use_graph else None

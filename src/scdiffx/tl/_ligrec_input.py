@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from scdiffx._core.knn import nearest
+from scdiffx._core.spatial import neighbors_in_space
 from scdiffx._slots import Edges, Obsp, available
 from scdiffx._steps import Plan
 
 __all__ = ["columns_of", "neighbour_slot", "pairs_of"]
 
 _COLUMNS = (("ligand", "receptor"), ("source_genesymbol", "target_genesymbol"), ("source", "target"))
-_GRAPH, _COORDINATES, _NEAREST = "spatial_connectivities", "spatial", 6
+_GRAPH, _COORDINATES = "spatial_connectivities", "spatial"
 
 
 def pairs_of(interactions: Any) -> list[tuple[str, str]]:
@@ -103,16 +103,4 @@ def neighbour_slot(adata: Any, neighbors: bool | str, strata: np.ndarray | None)
             f"neighbors=True needs `adata.obsp[{_GRAPH!r}]` or `adata.obsm[{_COORDINATES!r}]`. "
             f"Available: {available(data.obsp.keys())} and {available(data.obsm.keys())}"
         )
-    return Edges(_nearest_cells(np.asarray(data.obsm[_COORDINATES], np.float64), strata))
-
-
-def _nearest_cells(points: np.ndarray, strata: np.ndarray | None) -> sp.csr_matrix:
-    strata = np.zeros(len(points), int) if strata is None else strata
-    rows, columns = [], []
-    for stratum in np.unique(strata):
-        cells = np.flatnonzero(strata == stratum)
-        found = nearest(points[cells], min(_NEAREST + 1, len(cells)))[0][:, 1:]
-        rows.append(np.repeat(cells, found.shape[1]))
-        columns.append(cells[found.ravel()])
-    row, column = np.concatenate(rows), np.concatenate(columns)
-    return sp.csr_matrix((np.ones(len(row), np.float32), (row, column)), shape=(len(points), len(points)))
+    return Edges(neighbors_in_space(np.asarray(data.obsm[_COORDINATES], np.float64), batch=strata))

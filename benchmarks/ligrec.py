@@ -217,13 +217,12 @@ def null(data: Path) -> dict[str, Any]:
 
 def planted(data: Path, n: int = 60) -> dict[str, Any]:
     import scdiffx as sd
-    from scdiffx.tl._ligrec_input import _nearest_cells
+    from scdiffx._core.spatial import neighbors_in_space
 
     adata = cortex(data)
     values, types = adata.X.copy(), adata.obs["cell_type"].cat.codes.to_numpy()
     names = list(adata.obs["cell_type"].cat.categories)
-    graph = _nearest_cells(adata.obsm["spatial"].astype(float), None)
-    near = (graph + graph.T) @ np.eye(len(names))[types]
+    near = neighbors_in_space(adata.obsm["spatial"]) @ np.eye(len(names))[types]
     touching = [
         (a, b)
         for a in range(len(names))

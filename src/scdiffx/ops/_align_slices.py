@@ -78,13 +78,13 @@ class AlignSlices:
     """
 
     alpha: float | Array = learnable(default=0.1, constraint="unit")
-    epsilon: float | Array = learnable(default=0.005, constraint="positive")
+    epsilon: float | Array = learnable(default=0.002, constraint="positive")
     groups: SliceGroups | None = buffer(default=None, structure=True)
     reference: int | None = static(default=None)
     reflection: bool = static(default=False)
     max_spots: int = static(default=1000)
     tol: float | None = static(default=None)
-    max_iter: int = static(default=200)
+    max_iter: int = static(default=300)
 
     def init(
         self, x: Matrix, spatial: Float[Array, "spots dims"], batch: Int[Array, " spots"], key: Array | None = None
@@ -135,7 +135,7 @@ class AlignSlices:
         log_p, log_q = groups.log_weight[a], groups.log_weight[b]
         x, x_mean = centred(where[a], log_p)
         y, y_mean = centred(where[b], log_q)
-        cost = _divergence(profiles[a], profiles[b])
+        cost = _divergence(profiles, a, b)
         alpha, epsilon = (jnp.asarray(v, x.dtype) for v in (self.alpha, self.epsilon))
         problem = Problem(cost, x / groups.scale[i], y / groups.scale[i], log_p, log_q, alpha, epsilon)
         return problem, x_mean, y_mean
@@ -155,7 +155,7 @@ class AlignSlices:
             turn = rotation_of(problem.x.T @ p @ problem.y, self.reflection)
             return turn, x_mean - turn @ y_mean, p, objective(problem, p), found.steps, found.error
 
-        turns, shifts, p, values, steps, error = lax.map(jax.checkpoint(pair), jnp.arange(len(groups.pairs)))
+        turns, shifts, p, values, steps, error = lax.map(pair, jnp.arange(len(groups.pairs)))
         rotation, shift = self._composed(turns, shifts)
         aligned = jnp.einsum("sij,sj->si", rotation[groups.slice], spatial) + shift[groups.slice]
         return AlignSlicesResult(aligned, rotation, shift, p, values, steps, error)
@@ -245,9 +245,9 @@ def _means(groups: SliceGroups, x: Matrix, spatial: Array) -> tuple[Array, Array
 
 
 @jax.checkpoint
-def _divergence(a: Float[Array, "n genes"], b: Float[Array, "m genes"]) -> Float[Array, "n m"]:
-    """Kullback-Leibler divergence of each profile of `b` from each of `a`."""
-    a, b = (v + _PSEUDOCOUNT for v in (a, b))
+def _divergence(profiles: Float[Array, "slices n genes"], i: int | Array, j: int | Array) -> Float[Array, "n n"]:
+    """Kullback-Leibler divergence of each profile of slice j from each of slice i."""
+    a, b = (profiles[k] + _PSEUDOCOUNT for k in (i, j))
     a, b = (v / v.sum(1, keepdims=True) for v in (a, b))
     return (a * jnp.log(a)).sum(1)[:, None] - a @ jnp.log(b).T
 

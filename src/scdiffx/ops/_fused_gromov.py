@@ -25,6 +25,8 @@ _HOT, _COLD, _STAGES = 0.5, 0.05, 10
 _SWEEPS, _ROUNDS = 20, 2
 # Share of the marginals that damping adds to the diagonal, for the first step and at most.
 _DAMPING, _MOST_DAMPING = 0.1, 10.0
+# Temperatures of Newton's steps, the coldest of which alone has to be solved better than this.
+_LEVELS, _LOOSE = 5, 1e-2
 
 
 class Problem(NamedTuple):
@@ -208,13 +210,38 @@ def _solve(system: _System, a: Array, b: Array, c: Array, damping: Array | float
 def couple(problem: Problem, w: Array, tol: float, max_iter: int) -> Coupling:
     """Solve for the coupling that the start W leads to.
 
-    Temperatures fall to `epsilon`. Then a step is Newton's on potentials and W together where that halves the error.
-    Elsewhere it is one that cannot fail for long: W anew where marginals hold well, or else a damped one of Newton's on
-    the potentials alone, whose dual is concave. The derivative is that of the stationary point, by the same system:
-    exact, whatever the path.
+    Temperatures fall to `epsilon`, by Sinkhorn's iterations at first and then with Newton's steps at each. The
+    derivative is that of the stationary point, by the same system as Newton's: exact, whatever the path.
     """
     epsilon = problem.epsilon
-    f, g, w = _anneal(problem, w, jnp.maximum(epsilon, _HOT), epsilon)
+    warm = jnp.maximum(epsilon, _COLD)
+    f, g, w = _anneal(problem, w, jnp.maximum(epsilon, _HOT), warm)
+
+    def level(i: int, found: Coupling) -> Coupling:
+        at = problem._replace(epsilon=warm * (epsilon / warm) ** (i / (_LEVELS - 1)))
+        last = i == _LEVELS - 1
+        f, g, _ = _round(at, found.f, found.w)
+        return _newton(at, f, g, found.w, found.steps, jnp.where(last, tol, _LOOSE), max_iter)
+
+    found = Coupling(f, g, w, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, w.dtype))
+    found = lax.fori_loop(0, _LEVELS, level, found)
+
+    def closed() -> Coupling:
+        # What was given up on in the middle of a step may be no coupling at all.
+        f, g, _ = _round(problem, found.f, found.w)
+        return found._replace(f=f, g=g)
+
+    return lax.cond(found.error > tol, closed, lambda: found)
+
+
+def _newton(problem: Problem, f: Array, g: Array, w: Array, steps: Array, tol: Array, max_iter: int) -> Coupling:
+    """Steps at one temperature, until the error is below `tol` or there have been `max_iter` in all.
+
+    A step is Newton's on potentials and W together where that halves the error. Elsewhere it is one that cannot fail
+    for long: W anew where marginals hold well, or else a damped one of Newton's on the potentials alone, whose dual is
+    concave.
+    """
+    epsilon = problem.epsilon
 
     def step(state: tuple[Coupling, Array]) -> tuple[Coupling, Array]:
         (f, g, w, steps, _), damping = state
@@ -233,7 +260,9 @@ def couple(problem: Problem, w: Array, tol: float, max_iter: int) -> Coupling:
             return Coupling(*new, steps + 1, _reached(problem, *new)), then
 
         def anew() -> tuple[Coupling, Array]:
-            return Coupling(f, g, w + c, steps + 1, _reached(problem, f, g, w + c)), damping
+            # At low temperatures the cost at another W takes all mass elsewhere: its marginals are mended first.
+            new = (*_round(problem, f, w + c)[:2], w + c)
+            return Coupling(*new, steps + 1, _reached(problem, *new)), damping
 
         return lax.cond(
             reached < 0.5 * jnp.maximum(marginals, moment),
@@ -241,16 +270,8 @@ def couple(problem: Problem, w: Array, tol: float, max_iter: int) -> Coupling:
             lambda: lax.cond(marginals < 0.2 * moment, anew, alone),
         )
 
-    start = Coupling(f, g, w, jnp.zeros((), jnp.int32), _reached(problem, f, g, w))
-    going = (start, jnp.asarray(_DAMPING, epsilon.dtype))
-    found, _ = lax.while_loop(lambda s: (s[0].error > tol) & (s[0].steps < max_iter), step, going)
-
-    def closed() -> Coupling:
-        # What was given up on in the middle of a step may be no coupling at all.
-        f, g, _ = _round(problem, found.f, found.w)
-        return found._replace(f=f, g=g)
-
-    return lax.cond(found.error > tol, closed, lambda: found)
+    going = (Coupling(f, g, w, steps, _reached(problem, f, g, w)), jnp.asarray(_DAMPING, epsilon.dtype))
+    return lax.while_loop(lambda s: (s[0].error > tol) & (s[0].steps < max_iter), step, going)[0]
 
 
 def _forward(problem: Problem, w: Array, tol: float, max_iter: int) -> tuple[Coupling, Any]:

@@ -29,12 +29,12 @@ def align_slices(
     *,
     reference: str | None = None,
     alpha: float = 0.1,
-    epsilon: float = 0.005,
+    epsilon: float = 0.002,
     reflection: bool = False,
     spatial_key: str = "spatial",
     layer: str | None = None,
     max_spots: int = 1000,
-    max_iter: int = 200,
+    max_iter: int = 300,
     key_added: str = "align_slices",
     copy: bool = False,
 ) -> AnnData | None:
@@ -67,7 +67,7 @@ def align_slices(
         In slices with more spots than this, neighbours are pooled into this many groups of (nearly) equal size, and
         groups are coupled rather than spots: coarse, but for large slices as exact, because the motion is that of all.
     max_iter
-        Largest number of steps of the solver.
+        Largest number of steps of the solver for a coupling.
     key_added
         Key in `uns`; other than the default, coordinates are in ``obsm[f"{key_added}_aligned"]``.
     copy

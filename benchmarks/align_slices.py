@@ -1,14 +1,16 @@
 """Slices of tissue brought together: known motions, objectives beside POT's, and large slices.
 
     python benchmarks/align_slices.py truth [--pot PYTHON] [--draws 3]
-    python benchmarks/align_slices.py pairs [--pot PYTHON]
+    python benchmarks/align_slices.py overlap [--draws 3]
+    python benchmarks/align_slices.py pairs [--pot PYTHON] [--epsilon 0.002]
     python benchmarks/align_slices.py size [--spots 20000]
 
 "truth": of each of paste_breast's four slices, 80 % of the spots, drawn at random, are turned and shifted, and their
-counts thinned. They are aligned onto the slice that they are of: median distance to where they belong in spot distances,
-and error of the rotation in degrees, over all draws the mean and the largest. Beside it stand "expression": each spot
-with the most similar profile (the same divergence), then Procrustes; and POT's coupling of the same costs, with the same
-Procrustes, where a Python in which POT runs is given.
+counts thinned. They are aligned onto the slice that they are of: median distance to where they belong in spot
+distances, and error of the rotation in degrees, over all draws the mean and the largest. Beside it stand "expression":
+each spot with the most similar profile (the same divergence), then Procrustes; and POT's coupling of the same costs,
+with the same Procrustes, where a Python in which POT runs is given.
+"overlap": the same, but what is turned is not a random part: spots beyond a line are missing. Overlap is not modelled.
 "pairs": consecutive slices, the objective beside POT's on the same costs.
 "size": two slices with this many spots, made of a slice by putting spots at random between those that there are, mixing
 the neighbours' expected counts, and drawing molecules; the second is a new draw, turned. Seconds and the peak of memory
@@ -137,13 +139,34 @@ def truth(python: str | None, draws: int) -> None:
         print(f"seconds of a later call: {seconds.median():.2f}")
 
 
-def pairs(python: str | None) -> None:
+def overlap(draws: int) -> None:
+    adata = ad.read_h5ad(DATA)
+    rows = []
+    for name in adata.obs["slice"].unique():
+        one = adata[adata.obs["slice"] == name]
+        a, x = one.X.toarray(), np.asarray(one.obsm["spatial"], np.float64)
+        for seed in range(draws):
+            rng = np.random.default_rng(seed)
+            degrees, side = rng.uniform(0, 360, 2)
+            along = x @ turn(float(side))[0]
+            for share in (1.0, 0.9, 0.8, 0.6):
+                kept = np.flatnonzero(along <= np.quantile(along, share))
+                both = joined(x, x[kept] @ turn(degrees).T, a, a[kept])
+                sd.tl.align_slices(both, "slice")
+                aligned = both.obsm["spatial_aligned"][len(x) :]
+                rotation = both.uns["align_slices"]["rotation"][1]
+                rows.append((share, *errors(rotation, aligned, x[kept], degrees, spacing(x))))
+    table = pd.DataFrame(rows, columns=["share of the slice", "median error", "degrees"])
+    print(table.groupby("share of the slice").agg(["mean", "max"]).round(2).to_string())
+
+
+def pairs(python: str | None, epsilon: float) -> None:
     adata = ad.read_h5ad(DATA)
     start = time.process_time()
-    sd.tl.align_slices(adata, "slice")
+    sd.tl.align_slices(adata, "slice", epsilon=epsilon)
     print(f"four slices, first call: {time.process_time() - start:.1f} s")
     start = time.process_time()
-    sd.tl.align_slices(adata, "slice")
+    sd.tl.align_slices(adata, "slice", epsilon=epsilon)
     print(f"later call: {time.process_time() - start:.1f} s")
     entry = adata.uns["align_slices"]
     for (i, j), ours in zip(entry["pairs"], entry["objective"], strict=True):
@@ -200,15 +223,18 @@ def size(spots: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["truth", "pairs", "size"])
+    parser.add_argument("what", choices=["truth", "overlap", "pairs", "size"])
     parser.add_argument("--pot")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--epsilon", type=float, default=0.002)
     parser.add_argument("--spots", type=int, default=20_000)
     args = parser.parse_args()
     if args.what == "truth":
         truth(args.pot, args.draws)
+    elif args.what == "overlap":
+        overlap(args.draws)
     elif args.what == "pairs":
-        pairs(args.pot)
+        pairs(args.pot, args.epsilon)
     else:
         size(args.spots)
 

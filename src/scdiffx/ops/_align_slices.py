@@ -22,7 +22,8 @@ __all__ = ["AlignSlices", "AlignSlicesResult", "SliceGroups"]
 _PSEUDOCOUNT = 0.01
 # Logarithm of the weight of a place that no spot fills: finite, and nothing in single precision.
 _EMPTY = -60.0
-_TOL = {"float32": 1e-4, "float64": 1e-9}
+# How far a coupling may be off. In single precision rounding alone moves so much mass where `epsilon` is small.
+_TOL = {"float32": 2e-2, "float64": 1e-9}
 _ROTATIONS = 8
 
 
@@ -74,7 +75,8 @@ class AlignSlices:
     before it. Memory is linear in the spots; couplings are at most ``max_spots x max_spots``.
 
     Derivatives of couplings and motions in expression, coordinates, `alpha` and `epsilon` are those of the stationary
-    point, implicit and exact at fixed groups, starts and scales of coordinates.
+    point, implicit and exact at fixed groups, starts and scales of coordinates. Compute in double precision: in single,
+    couplings are off by about a hundredth of their mass.
     """
 
     alpha: float | Array = learnable(default=0.1, constraint="unit")

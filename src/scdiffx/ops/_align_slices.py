@@ -86,7 +86,7 @@ class AlignSlices:
     reflection: bool = static(default=False)
     max_spots: int = static(default=1000)
     tol: float | None = static(default=None)
-    max_iter: int = static(default=300)
+    max_iter: int = static(default=500)
 
     def init(
         self, x: Matrix, spatial: Float[Array, "spots dims"], batch: Int[Array, " spots"], key: Array | None = None

@@ -187,8 +187,9 @@ def _system(problem: Problem, f: Array, g: Array, w: Array) -> _System:
     return _System(p, p.sum(1), p.sum(0), r.reshape(n, d * d), s.reshape(m, d * d), t)
 
 
-def _without_moment(system: _System) -> _System:
-    return system._replace(r=system.r[:, :0], s=system.s[:, :0], t=system.t[:0, :0])
+def _held(system: _System) -> _System:
+    """The system of the potentials alone: W stays."""
+    return system._replace(r=0 * system.r, s=0 * system.s, t=-jnp.eye(len(system.t), dtype=system.t.dtype))
 
 
 def _solve(system: _System, a: Array, b: Array, c: Array, damping: Array | float = 0.0) -> tuple[Array, Array, Array]:
@@ -237,40 +238,41 @@ def couple(problem: Problem, w: Array, tol: float, max_iter: int) -> Coupling:
 def _newton(problem: Problem, f: Array, g: Array, w: Array, steps: Array, tol: Array, max_iter: int) -> Coupling:
     """Steps at one temperature, until the error is below `tol` or there have been `max_iter` in all.
 
-    A step is Newton's on potentials and W together where that halves the error. Elsewhere it is one that cannot fail
+    A step is Newton's on potentials and W together where that halves the error. Where not, one follows that cannot fail
     for long: W anew where marginals hold well, or else a damped one of Newton's on the potentials alone, whose dual is
     concave.
     """
     epsilon = problem.epsilon
 
-    def step(state: tuple[Coupling, Array]) -> tuple[Coupling, Array]:
-        (f, g, w, steps, _), damping = state
+    def step(state: tuple[Coupling, Array, Array]) -> tuple[Coupling, Array, Array]:
+        (f, g, w, steps, now), damping, joint = state
         a, b, c = _residual(problem, f, g, w)
         marginals, moment = _errors(problem, (a, b, c))
         system = _system(problem, f, g, w)
-        df, dg, dw = _solve(system, -epsilon * a, -epsilon * b, -epsilon * c.ravel())
-        joint = (f + df, g + dg, w + dw.reshape(w.shape) / (16 * problem.alpha))
-        reached = _reached(problem, *joint)
+        system = jax.tree.map(lambda *two: jnp.where(joint, *two), system, _held(system))
+        right = (-epsilon * a, -epsilon * b, jnp.where(joint, -epsilon * c.ravel(), 0))
+        df, dg, dw = _solve(system, *right, jnp.where(joint, 0, damping))
+        new = (f + df, g + dg, w + dw.reshape(w.shape) / (16 * problem.alpha))
+        reached = _reached(problem, *new)
+        higher = _dual(problem, *new) > _dual(problem, f, g, w)
+        good = jnp.where(joint, reached < 0.5 * now, higher)
+        anew = joint & ~good & (marginals < 0.2 * moment)
 
-        def alone() -> tuple[Coupling, Array]:
-            df, dg, _ = _solve(_without_moment(system), -epsilon * a, -epsilon * b, c.ravel()[:0], damping)
-            better = _dual(problem, f + df, g + dg, w) > _dual(problem, f, g, w)
-            new = (jnp.where(better, f + df, f), jnp.where(better, g + dg, g), w)
-            then = jnp.where(better, damping / 5, jnp.minimum(4 * damping, _MOST_DAMPING))
-            return Coupling(*new, steps + 1, _reached(problem, *new)), then
-
-        def anew() -> tuple[Coupling, Array]:
-            # At low temperatures the cost at another W takes all mass elsewhere: its marginals are mended first.
+        def mended() -> Coupling:
+            # At low temperatures the cost at another W takes all mass elsewhere.
             new = (*_round(problem, f, w + c)[:2], w + c)
-            return Coupling(*new, steps + 1, _reached(problem, *new)), damping
+            return Coupling(*new, steps + 1, _reached(problem, *new))
 
-        return lax.cond(
-            reached < 0.5 * jnp.maximum(marginals, moment),
-            lambda: (Coupling(*joint, steps + 1, reached), damping),
-            lambda: lax.cond(marginals < 0.2 * moment, anew, alone),
+        found = lax.cond(
+            good,
+            lambda: Coupling(*new, steps + 1, reached),
+            lambda: lax.cond(anew, mended, lambda: Coupling(f, g, w, steps + 1, now)),
         )
+        then = jnp.where(good, damping / 5, jnp.minimum(4 * damping, _MOST_DAMPING))
+        return found, jnp.where(joint, damping, then), good | anew
 
-    going = (Coupling(f, g, w, steps, _reached(problem, f, g, w)), jnp.asarray(_DAMPING, epsilon.dtype))
+    start = Coupling(f, g, w, steps, _reached(problem, f, g, w))
+    going = (start, jnp.asarray(_DAMPING, epsilon.dtype), jnp.asarray(True))
     return lax.while_loop(lambda s: (s[0].error > tol) & (s[0].steps < max_iter), step, going)[0]
 
 

@@ -34,7 +34,7 @@ def align_slices(
     spatial_key: str = "spatial",
     layer: str | None = None,
     max_spots: int = 1000,
-    max_iter: int = 300,
+    max_iter: int = 500,
     key_added: str = "align_slices",
     copy: bool = False,
 ) -> AnnData | None:

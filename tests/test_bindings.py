@@ -313,6 +313,16 @@ def coupling_keys(key: str, growth: str) -> dict[str, str]:
     }
 
 
+def slice_keys(key: str, coordinates: str) -> dict[str, str]:
+    arrays = dict.fromkeys(("rotation", "shift", "objective", "error"), "float64")
+    rest = {"slices": "object", "pairs": "int32", "steps": "int32", "plan": "float32", "group": "int32"}
+    return {
+        f"obsm/{coordinates}": "float32",
+        **{f"uns/{key}{part}": "mapping" for part in ("", "/params")},
+        **{f"uns/{key}/{name}": dtype for name, dtype in (arrays | rest).items()},
+    }
+
+
 def velocity_keys(variance: bool) -> dict[str, str]:
     return {
         **{f"layers/{name}": "float32" for name in ("Ms", "Mu", "velocity")},
@@ -645,6 +655,16 @@ CASES = [
         keyed=coupling_keys("mine", "mine_growth_rate"),
     ),
     Case(
+        "align_slices",
+        "tl.align_slices",
+        "pieces",
+        slice_keys("align_slices", "spatial_aligned"),
+        {"batch_key": "batch", "epsilon": 0.05},
+        keyed=slice_keys("mine", "mine_aligned"),
+        matrix=True,
+        counts=True,
+    ),
+    Case(
         "ot_pull",
         "tl.ot_pull",
         "coupled",
@@ -876,6 +896,7 @@ def _source(name: str) -> ad.AnnData:
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
         "placed": ("reduced", lambda a: a.obsm.update(spatial=np.asarray(a.obsm["X_pca"][:, 1::-1]))),
+        "pieces": ("counts", lambda a: a.obsm.update(spatial=source("reduced").obsm["X_pca"][:, :2])),
         "labelled": ("log", with_known),
         "known": ("counts", with_known),
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
@@ -1368,6 +1389,16 @@ REFUSED = [
     ("ot_trajectory", {"growth": 2}, TypeError, "growth is a int"),
     ("ot_trajectory", {"growth": {"birth": ["HES4"]}}, ValueError, "'proliferation'"),
     ("ot_trajectory", {"growth": {"proliferation": ["absent"]}}, KeyError, "'absent'"),
+    ("align_slices", {"batch_key": "absent"}, KeyError, r"batch_key='absent'.*'batch'"),
+    ("align_slices", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
+    ("align_slices", {"batch_key": "only"}, ValueError, "batch_key='only'.*at least two slices.*has 1 with"),
+    ("align_slices", {"batch_key": "index"}, ValueError, "batch_key='index'.*150 with 1 or more"),
+    ("align_slices", {"reference": "third"}, KeyError, r"reference='third'.*'first'"),
+    ("align_slices", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
+    ("align_slices", {"alpha": 0}, ValueError, "alpha=0"),
+    ("align_slices", {"epsilon": 0}, ValueError, "epsilon=0"),
+    ("align_slices", {"max_spots": 2}, ValueError, "max_spots=2"),
+    ("align_slices", {"max_iter": 0}, ValueError, "max_iter=0"),
     ("ot_pull", {"groupby": "absent"}, KeyError, r"groupby='absent'.*'batch'"),
     ("ot_pull", {"groupby": "missing"}, ValueError, "groupby='missing'.*1 cells"),
     ("ot_pull", {"key": "absent"}, KeyError, "key='absent'.*run `ot_trajectory` first"),

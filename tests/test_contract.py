@@ -73,6 +73,7 @@ class Case(NamedTuple):
 
 # What takes long to compile or run, and settings of operators that are tested with others too: these are slow tests.
 SLOW = {
+    "align_slices",
     "denoise",
     "doublet_classifier",
     "dynamics",
@@ -404,6 +405,16 @@ CASES = [
         lambda r: (r.f, r.g, r.scale, r.growth, r.cost),
         budget=250,
         learns=("epsilon",),
+    ),
+    Case(
+        "align_slices",
+        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, max_spots=30, tol=1e-12),
+        # One slice larger than the other, so that geometry counts.
+        lambda d: (d.counts, d.coordinates[:, :2] * (1 + 0.5 * d.batch[:, None]), d.batch),
+        lambda r: (r.aligned, r.rotation, r.shift, r.objective, r.plan),
+        # The counts, their places and derivatives.
+        budget=1_200,
+        learns=("alpha", "epsilon"),
     ),
     Case(
         "ot_transport",

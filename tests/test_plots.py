@@ -64,6 +64,41 @@ def test_pseudotime_draws_every_cell_in_its_color_and_marks_the_root() -> None:
     assert pixels(ax.figure)[..., :3].std() > 10
 
 
+def sliced() -> ad.AnnData:
+    """Spots of two slices as `sd.tl.align_slices` leaves them, under another key."""
+    adata = ad.AnnData(np.zeros((30, 2), np.float32))
+    adata.obs["slice"] = pd.Categorical(np.repeat(["a", "b/2"], [18, 12]), categories=["b/2", "a"])
+    adata.obs["depth"] = np.where(np.arange(30) == 4, np.nan, np.arange(30.0))
+    adata.obs["type"] = pd.Categorical(np.tile(["x", "y", None], 10))
+    adata.obsm["mine_aligned"] = np.random.default_rng(0).normal(size=(30, 3))
+    adata.uns["mine"] = {"params": {"batch_key": "slice"}, "slices": np.array(["b/2", "a"], object)}
+    adata.uns["type_colors"] = ["#ff0000", "#0000ff"]
+    return adata
+
+
+def test_aligned_slices_lie_on_each_other_with_a_marker_each() -> None:
+    adata = sliced()
+    points = adata.obsm["mine_aligned"][:, :2]
+    ax = sd.pl.aligned_slices(adata, key="mine", show=False)
+    for drawn, name in zip(ax.collections, ["b/2", "a"], strict=True):
+        np.testing.assert_array_equal(drawn.get_offsets(), points[adata.obs["slice"] == name])
+    assert not np.array_equal(*(drawn.get_paths()[0].vertices[:4] for drawn in ax.collections))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["b/2", "a"]
+    assert inside(ax)
+    ax = sd.pl.aligned_slices(adata, key="mine", color="type", show=False)
+    shades = np.concatenate([drawn.get_edgecolors() for drawn in ax.collections])
+    assert {tuple(map(float, shade)) for shade in shades} == {to_rgba(c) for c in ("#ff0000", "#0000ff", "#bdbdbd")}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["b/2", "a", "x", "y"]
+    ax = sd.pl.aligned_slices(adata, key="mine", color="depth", show=False)
+    values = np.concatenate([part.get_array() for part in ax.collections if part.get_array() is not None])
+    np.testing.assert_array_equal(np.sort(values), np.delete(np.arange(30.0), 4))
+    assert len({part.get_clim() for part in ax.collections if part.get_array() is not None}) == 1
+    with pytest.raises(KeyError, match=r"color='absent'.*'depth'"):
+        sd.pl.aligned_slices(adata, key="mine", color="absent")
+    with pytest.raises(KeyError, match=r"key='align_slices'.*run `sd.tl.align_slices` first"):
+        sd.pl.aligned_slices(adata)
+
+
 def test_pseudotime_prefers_umap_and_takes_a_basis_by_either_name() -> None:
     adata = ordered_cells()
     adata.obsm["X_umap"] = np.random.default_rng(1).normal(size=(adata.n_obs, 2))

@@ -1,5 +1,6 @@
 """Plots of what scanpy does not draw: Matplotlib on the keys of an AnnData."""
 
+from scdiffx.pl._aligned_slices import aligned_slices
 from scdiffx.pl._ambient import ambient
 from scdiffx.pl._archetypes import archetypes
 from scdiffx.pl._attribution import attribution
@@ -15,6 +16,7 @@ from scdiffx.pl._switch_genes import switch_genes
 from scdiffx.pl._velocity_stream import velocity_stream
 
 __all__ = [
+    "aligned_slices",
     "ambient",
     "archetypes",
     "attribution",

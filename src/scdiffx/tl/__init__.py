@@ -1,5 +1,6 @@
 """Tools: scanpy's `sc.tl`, each step a differentiable operator."""
 
+from scdiffx.tl._align_slices import align_slices
 from scdiffx.tl._annotate import annotate
 from scdiffx.tl._annotation_model import AnnotationModel, annotation_model
 from scdiffx.tl._archetypes import archetypes
@@ -30,6 +31,7 @@ from scdiffx.tl._velocity_graph import velocity_graph
 
 __all__ = [
     "AnnotationModel",
+    "align_slices",
     "annotate",
     "annotation_model",
     "archetypes",

@@ -803,8 +803,9 @@ def test_every_learnable_changes_the_output(case: Case) -> None:
 
 @pytest.mark.slow
 @in_double
-@each(MAIN)
+@each([case for case in CASES if case.name not in SLOW])
 def test_jit_equals_eager(case: Case) -> None:
+    """Not of those that take long: loops that are compiled in any case, and a thousand small programs around them."""
     op, args = ready(case.name)
     for a, b in zip(outputs(case, op, args), compiled(case.name)(op, args), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)

@@ -48,8 +48,24 @@ def test_scaling_and_taking_genes(x, matrix):
     np.testing.assert_allclose(C.row_sums(taken), dense[:, chosen].sum(1), atol=1e-12)
 
 
+def test_sums_of_groups_and_products_with_the_transpose(x, matrix):
+    dense = matrix.toarray()
+    group = np.random.default_rng(3).integers(5, size=2500)
+    expected = np.stack([dense[group == i].sum(0) for i in range(6)])
+    np.testing.assert_allclose(C.group_sums(x, jnp.asarray(group), 6), expected, atol=1e-12)
+    v = np.random.default_rng(4).normal(size=(2500, 3))
+    np.testing.assert_allclose(C.transposed_product(x, jnp.asarray(v)), dense.T @ v, atol=1e-11)
+
+
 def test_values_come_back_in_csr_order(matrix, x64):
-    np.testing.assert_array_equal(C.Counts.from_scipy(matrix).host_values(matrix.indptr), matrix.data)
+    x = C.Counts.from_scipy(matrix)
+    np.testing.assert_array_equal(x.host_values(matrix.indptr), matrix.data)
+    for found, expected in (
+        (x.to_scipy(), matrix),
+        (C.take_columns(x, jnp.asarray([200, 3, 77])).to_scipy(), matrix[:, [200, 3, 77]]),
+    ):
+        np.testing.assert_array_equal(found.toarray(), expected.toarray())
+        assert found.has_canonical_format
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3])

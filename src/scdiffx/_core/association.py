@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scdiffx._core.counts import Counts, Matrix, map_values, matmul
+from scdiffx._core.counts import Counts, Matrix, map_values, transposed_product
 
-__all__ = ["Correlations", "correlations", "mean_slopes", "transposed_product"]
+__all__ = ["Correlations", "correlations", "mean_slopes"]
 
 
 class Correlations(NamedTuple):
@@ -19,12 +19,6 @@ class Correlations(NamedTuple):
 
     value: Float[Array, "genes groups"]
     spread: Float[Array, " groups"]
-
-
-def transposed_product(x: Matrix, v: Float[Array, "cells k"]) -> Float[Array, "genes k"]:
-    """x.T @ v, block by block."""
-    like = jax.ShapeDtypeStruct((x.shape[1], v.shape[1]), x.dtype)
-    return jax.linear_transpose(lambda w: matmul(x, w), like)(v.astype(x.dtype))[0]
 
 
 def correlations(x: Matrix, target: Float[Array, "cells groups"], member: Float[Array, "cells groups"]) -> Correlations:

@@ -24,14 +24,17 @@ __all__ = [
     "column_sums",
     "fold_rows",
     "gram",
+    "group_sums",
     "map_rows",
     "map_values",
     "matmul",
     "n_rows",
     "row_sums",
+    "rows_to_values",
     "scale_columns",
     "scale_rows",
     "take_columns",
+    "transposed_product",
     "values_at",
 ]
 
@@ -207,14 +210,26 @@ def row_sums(x: Matrix) -> Float[Array, " cells"]:
     return sums(x.data, x.row).reshape(-1)[: n_rows(x)]
 
 
+def rows_to_values(x: Counts, v: Array, pad: int = 0) -> Array:
+    """What `v` (cells,) holds for the cell of each stored value (blocks, nnz); `pad` at pads."""
+    blocks, rows = x.data.shape[0], x.block_rows
+    padded = jnp.pad(v, (0, blocks * rows - n_rows(x))).reshape(blocks, rows)
+    padded = jnp.pad(padded, ((0, 0), (0, 1)), constant_values=pad)  # the row of pads
+    return jax.vmap(lambda f, r: f.at[r].get(mode="promise_in_bounds", indices_are_sorted=True))(padded, x.row)
+
+
+def group_sums(x: Matrix, group: Int[Array, " cells"], n_groups: int) -> Float[Array, "groups genes"]:
+    """Sum the cells of each group, numbered from 0."""
+    if not isinstance(x, Counts):
+        return jax.ops.segment_sum(x, group, n_groups)
+    at = rows_to_values(x, group, pad=n_groups)
+    return jnp.zeros((n_groups, x.shape[1]), x.dtype).at[at, x.column].add(x.data, mode="drop")
+
+
 def scale_rows(x: Matrix, factor: Float[Array, " cells"]) -> Matrix:
     if not isinstance(x, Counts):
         return x * factor[:, None]
-    blocks, rows = x.data.shape[0], x.block_rows
-    padded = jnp.pad(factor, (0, blocks * rows - n_rows(x))).reshape(blocks, rows)
-    padded = jnp.pad(padded, ((0, 0), (0, 1)))  # the row of pads
-    per_value = jax.vmap(lambda f, r: f.at[r].get(mode="promise_in_bounds", indices_are_sorted=True))(padded, x.row)
-    return x.with_data(x.data * per_value)
+    return x.with_data(x.data * rows_to_values(x, factor))
 
 
 def scale_columns(x: Matrix, factor: Float[Array, " genes"]) -> Matrix:
@@ -266,6 +281,12 @@ def column_moments(x: Matrix) -> tuple[Float[Array, " genes"], Float[Array, " ge
 def matmul(x: Matrix, v: Float[Array, "genes dims"]) -> Float[Array, "cells dims"]:
     """x @ v."""
     return map_rows(x, lambda block: block @ v)
+
+
+def transposed_product(x: Matrix, v: Float[Array, "cells k"]) -> Float[Array, "genes k"]:
+    """x.T @ v, block by block."""
+    like = jax.ShapeDtypeStruct((x.shape[1], v.shape[1]), x.dtype)
+    return jax.linear_transpose(lambda w: matmul(x, w), like)(v.astype(x.dtype))[0]
 
 
 def values_at(x: Counts, dense: Float[Array, "cells genes"]) -> Float[Array, "blocks nnz"]:

@@ -26,12 +26,9 @@ def host_csr(x: Matrix) -> Any:
     """The matrix as float32 CSR on the host, without stored zeros."""
     if not isinstance(x, Counts):
         return sp.csr_matrix(np.asarray(x, np.float32))
-    n, genes = x.shape
-    data, position = np.asarray(x.data, np.float32), np.asarray(x.position)
-    block = np.broadcast_to(np.arange(len(data))[:, None], data.shape)
-    real = (position < x.block_rows * genes) & (data != 0)
-    rows = block[real] * x.block_rows + position[real] // genes
-    return sp.csr_matrix((data[real], (rows, position[real] % genes)), shape=(n, genes))
+    csr = x.to_scipy().astype(np.float32)
+    csr.eliminate_zeros()
+    return csr
 
 
 def widest(csr: Any, size: int) -> int:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 from scipy.spatial import cKDTree
 
-from scdiffx._core.counts import Counts, Matrix
+from scdiffx._core.counts import Matrix, group_sums
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx.ops._fused_gromov import Problem, centred, couple, objective, plan, search
 
@@ -230,14 +230,7 @@ def _means(groups: SliceGroups, x: Matrix, spatial: Array) -> tuple[Array, Array
     n_groups = n_slices * places
     size = jax.ops.segment_sum(jnp.ones(len(spatial), spatial.dtype), groups.group, n_groups)
     size = jnp.maximum(size, 1)[:, None]
-    if isinstance(x, Counts):
-        blocks = len(x.data)
-        padded = jnp.pad(groups.group, (0, blocks * x.block_rows - x.shape[0]), constant_values=n_groups)
-        padded = jnp.pad(padded.reshape(blocks, x.block_rows), ((0, 0), (0, 1)), constant_values=n_groups)
-        rows = jnp.take_along_axis(padded, x.row, axis=1)
-        sums = jnp.zeros((n_groups, x.shape[1]), x.dtype).at[rows, x.column].add(x.data, mode="drop")
-    else:
-        sums = jax.ops.segment_sum(x, groups.group, n_groups)
+    sums = group_sums(x, groups.group, n_groups)
     where = (jax.ops.segment_sum(spatial, groups.group, n_groups) / size).reshape(n_slices, places, -1)
     # Places that no spot fills lie in the middle, where they are in nobody's way.
     filled = groups.log_weight > _EMPTY

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.counts import Counts, Matrix, map_values, n_rows
+from scdiffx._core.counts import Counts, Matrix, map_values, n_rows, rows_to_values
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.loess import Curve, evaluate
 from scdiffx.ops._highly_variable_table import TINY_MEAN, VARIANCE, Bins, Rule, select
@@ -309,8 +309,7 @@ class _Cells:
         """The batch of each stored value, and one past the last for pads."""
         if codes is None:
             return (x.row == x.block_rows).astype(x.position.dtype)
-        blocks = jnp.pad(codes, (0, len(x.data) * x.block_rows - n_rows(x))).reshape(-1, x.block_rows)
-        return jax.vmap(lambda c, r: c.at[r].get(mode="fill", fill_value=self.groups))(blocks, x.row)
+        return rows_to_values(x, codes, pad=self.groups)
 
     def map(self, f: Any) -> _Cells:
         return _Cells(map_values(self.x, f), self.codes, self.groups)

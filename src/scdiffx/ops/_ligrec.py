@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.association import transposed_product
-from scdiffx._core.counts import Counts, Matrix
+from scdiffx._core.counts import Counts, Matrix, transposed_product
 from scdiffx._core.fields import buffer, operator, replace, static
 from scdiffx._core.graph import Graph
 from scdiffx.ops._ligrec_permutations import LigRecTest, permutation_test

@@ -4,13 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import GREY, finish, lookup, new_axes, saved_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
-
-_GREY = "#bdbdbd"
 
 
 def aligned_slices(
@@ -73,7 +71,7 @@ def aligned_slices(
             axes.scatter(points[here, 0], points[here, 1], facecolors="none", edgecolors=list(colors[here]), **style)
             continue
         known, unknown = here & np.isfinite(colors), here & ~np.isfinite(colors)
-        axes.scatter(points[unknown, 0], points[unknown, 1], color=_GREY, linewidths=0, **style)
+        axes.scatter(points[unknown, 0], points[unknown, 1], color=GREY, linewidths=0, **style)
         style |= {"alpha": 0.7, "linewidths": 0, **limits}
         drawn = axes.scatter(points[known, 0], points[known, 1], c=colors[known], **style)
     axes.set_aspect("equal")
@@ -93,7 +91,7 @@ def _group_colors(adata: AnnData, column: str) -> np.ndarray:
     """A colour for each spot, by its group."""
     groups = adata.obs[column].astype("category")
     table = _palette(adata, column)
-    return np.array([table.get(group, _GREY) for group in groups.astype(object)], object)
+    return np.array([table.get(group, GREY) for group in groups.astype(object)], object)
 
 
 def _palette(adata: AnnData, column: str) -> dict[Any, Any]:

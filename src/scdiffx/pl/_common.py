@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-__all__ = ["finish", "lookup", "new_axes", "saved_colors"]
+__all__ = ["GREY", "finish", "lookup", "new_axes", "saved_colors"]
+
+GREY = "#bdbdbd"  # of what has no value
 
 
 def lookup(mapping: Any, key: str, argument: str, where: str) -> Any:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scdiffx.pl._common import GREY
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["draw_cells", "draw_corners", "point_area", "ring_order"]
 
-_GREY = "#bdbdbd"
 # As many corners are ordered by trying all orders; more keep theirs.
 _MOST_ORDERED = 8
 
@@ -64,7 +65,7 @@ def draw_cells(
     groups = values.astype("category")
     missing = groups.isna().to_numpy()
     if missing.any():
-        ax.scatter(points[missing, 0], points[missing, 1], color=_GREY, **style)
+        ax.scatter(points[missing, 0], points[missing, 1], color=GREY, **style)
     for i, group in enumerate(groups.cat.categories):
         inside = (groups == group).to_numpy()
         if inside.any():

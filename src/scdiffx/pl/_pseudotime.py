@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import GREY, finish, lookup, new_axes, saved_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_GREY = "#bdbdbd"
 # What can stand for the cells in the plane, best first, with the first of the two columns: diffusion component 0 is
 # stationary and shows nothing. Both names that scanpy's presets give the principal components are known.
 _BASES = {"X_umap": 0, "X_diffmap": 1, "X_pca": 0, "pca": 0}
@@ -121,7 +120,7 @@ def _draw_embedding(
     style: dict[str, Any] = {"s": area, "linewidths": 0, "rasterized": True}
     finite = np.isfinite(time)
     if not finite.all():
-        ax.scatter(points[~finite, 0], points[~finite, 1], color=_GREY, label=_absent(time), **style)
+        ax.scatter(points[~finite, 0], points[~finite, 1], color=GREY, label=_absent(time), **style)
     if finite.any():
         drawn = ax.scatter(points[finite, 0], points[finite, 1], c=time[finite], cmap=cmap, **style)
         ax.figure.colorbar(drawn, ax=ax, label=key)

@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import GREY, finish, lookup, new_axes, saved_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_GREY = "#bdbdbd"
 # Share of the distance between cells that a point covers.
 _COVER = 0.9
 
@@ -90,7 +89,7 @@ def spatial_domains(
     style["s"] = _area(axes, span, int(shown.sum())) if size is None else size
     missing = domains.isna().to_numpy() & shown
     if missing.any():
-        axes.scatter(*points[missing].T, color=_GREY, label="none", **style)
+        axes.scatter(*points[missing].T, color=GREY, label="none", **style)
     count = len(domains.cat.categories)
     for i, domain in enumerate(domains.cat.categories):
         inside = (domains == domain).to_numpy() & shown

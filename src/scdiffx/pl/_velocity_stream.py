@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.spatial import cKDTree
 
-from scdiffx.pl._common import finish, lookup, new_axes
+from scdiffx.pl._common import GREY, finish, lookup, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _BASES = ("umap", "tsne", "pca")
 _POINTS = 50
-_GREY = "#bdbdbd"
 
 
 def velocity_stream(
@@ -153,7 +152,7 @@ def _draw_cells(
 ) -> None:
     style: dict[str, Any] = {"s": area, "linewidths": 0, "rasterized": True, "alpha": 0.55}
     if column is None:
-        ax.scatter(points[:, 0], points[:, 1], color=_GREY, **style)
+        ax.scatter(points[:, 0], points[:, 1], color=GREY, **style)
         return
     if column.dtype.kind in "fiu":
         drawn = ax.scatter(points[:, 0], points[:, 1], c=column.to_numpy(np.float64), cmap=cmap, **style)

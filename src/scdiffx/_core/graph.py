@@ -184,8 +184,13 @@ def _in_bounds(v: Array, index: Array | np.ndarray) -> Array:
     return jnp.asarray(v).at[index].get(mode="promise_in_bounds")
 
 
+def _masked(p: Pattern, x: Array) -> Array:
+    """Values on slots, 0 at pads; there may be more axes behind."""
+    return x * jnp.asarray(p.valid).reshape(*p.valid.shape, *(1,) * (x.ndim - 2))
+
+
 @jax.custom_vjp
-def row_sums(p: Pattern, x: Float[Array, "rows width"]) -> Float[Array, " cells"]:
+def row_sums(p: Pattern, x: Float[Array, "rows width ..."]) -> Float[Array, "cells ..."]:
     """Sum the slots of each cell."""
     total = jnp.asarray(x).sum(1)
     return total[: p.n_cells].at[p.owner].add(total[p.n_cells :], mode="drop")
@@ -198,32 +203,33 @@ def _spread(p: Pattern, v: Array) -> Array:
 
 
 @jax.custom_vjp
-def rows_to_slots(p: Pattern, v: Float[Array, " cells"]) -> Float[Array, "rows width"]:
+def rows_to_slots(p: Pattern, v: Float[Array, "cells ..."]) -> Float[Array, "rows width ..."]:
     """The value of the cell that each edge starts from."""
-    return jnp.broadcast_to(_spread(p, v)[:, None], p.indices.shape) * p.valid
+    spread = _spread(p, v)
+    return _masked(p, jnp.broadcast_to(spread[:, None], (*p.indices.shape, *spread.shape[1:])))
 
 
 row_sums.defvjp(lambda p, x: (row_sums(p, x), p), lambda p, g: (None, rows_to_slots(p, g)))
-rows_to_slots.defvjp(lambda p, v: (rows_to_slots(p, v), p), lambda p, g: (None, row_sums(p, g * p.valid)))
+rows_to_slots.defvjp(lambda p, v: (rows_to_slots(p, v), p), lambda p, g: (None, row_sums(p, _masked(p, g))))
 
 
 @jax.custom_vjp
-def flip(p: Pattern, x: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+def flip(p: Pattern, x: Float[Array, "rows width ..."]) -> Float[Array, "rows width ..."]:
     """The value at the opposite edge: the transpose of the matrix."""
-    return _in_bounds(x.reshape(-1), p.reverse)
+    return _in_bounds(x.reshape(-1, *x.shape[2:]), p.reverse)
 
 
 flip.defvjp(lambda p, x: (flip(p, x), p), lambda p, g: (None, flip(p, g)))
 
 
 @jax.custom_vjp
-def columns_to_slots(p: Pattern, v: Float[Array, " cells"]) -> Float[Array, "rows width"]:
+def columns_to_slots(p: Pattern, v: Float[Array, "cells ..."]) -> Float[Array, "rows width ..."]:
     """The value of the cell that each edge points to."""
-    return _in_bounds(v, p.indices) * p.valid
+    return _masked(p, _in_bounds(v, p.indices))
 
 
 columns_to_slots.defvjp(
-    lambda p, v: (columns_to_slots(p, v), p), lambda p, g: (None, row_sums(p, flip(p, g * p.valid)))
+    lambda p, v: (columns_to_slots(p, v), p), lambda p, g: (None, row_sums(p, flip(p, _masked(p, g))))
 )
 
 

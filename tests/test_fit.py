@@ -50,6 +50,7 @@ def run_fit(adata, holdout, rate=0.1, steps=8):
         n_steps=steps,
         refresh_every=4,
         holdout=holdout,
+        test=None,
         progress=False,
     )
 
@@ -168,7 +169,7 @@ def test_labels_fit_a_projection_with_a_readout(data):
     sd.pp.pca(plan, n_comps=5)
     plan.adata.obs.loc[plan.adata.obs_names[:30], "label"] = np.nan
     loss = sd.losses.cross_entropy("X_pca", "label") + 0.01 * sd.losses.l1("gene_weight")
-    fitted = sd.fit(plan, loss, n_steps=10, rng=0, progress=False)
+    fitted = sd.fit(plan, loss, n_steps=10, holdout=None, test=None, progress=False)
     assert fitted.adopted
     assert fitted.losses["train_after"] < fitted.losses["train_before"]
 
@@ -183,6 +184,13 @@ def test_labels_fit_a_projection_with_a_readout(data):
         ({"holdout": 1.5}, ValueError, "between 0 and 1"),
         ({"holdout": "nope"}, KeyError, "nope"),
         ({"holdout": np.zeros(3, bool)}, ValueError, "boolean"),
+        ({"holdout": 0.5, "test": 0.5}, ValueError, "no cell is left"),
+        ({"test": "nope"}, KeyError, "nope"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"batch_size": 10_000}, ValueError, "training cells"),
+        ({"schedules": {"pca.nope": lambda step: 1.0}, "learn": "pca"}, ValueError, "names no learnable parameter"),
+        ({"schedules": {"pca.scale": lambda step: -1.0}}, ValueError, "greater than 0"),
+        ({"test": sd.losses.cross_entropy("X_pca", "label")}, ValueError, "learns a readout"),
     ],
 )
 def test_bad_arguments_name_themselves(data, arguments, error, message):

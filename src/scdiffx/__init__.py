@@ -12,6 +12,7 @@ __all__ = [
     "datasets",
     "doctor",
     "fit",
+    "grid",
     "losses",
     "metrics",
     "ops",
@@ -26,6 +27,7 @@ __all__ = [
 _HOMES = {
     "Fitted": "scdiffx._fitted",
     "fit": "scdiffx._fit",
+    "grid": "scdiffx._fit",
     "plan": "scdiffx._fit",
     "settings": "scdiffx._log",
     "doctor": "scdiffx._doctor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from scdiffx._core.fields import fields_of_kind, learnables, replace
 from scdiffx._steps import Plan, initialised, replay
 
-__all__ = ["Fitted", "kept"]
+__all__ = ["Fitted", "flat", "kept"]
 
 FORMAT = 1
 
@@ -28,13 +29,15 @@ class Fitted:
     params
         The parameters by name ("step.field"), as the operators use them.
     losses
-        Loss before and after, on the training and the held-out cells: keys "train_before", "train_after",
-        "holdout_before", "holdout_after" (the last two with a holdout only).
+        Loss before and after: keys "train_before", "train_after", and the same with "holdout" and "test" where there
+        are such cells or losses.
     adopted
         Whether the fitted parameters won on the held-out cells (without a holdout: on the training cells). If not,
         `params` are the defaults.
     history
         Lists "step", "train" and, with a holdout, "holdout".
+    predictor
+        The loss of a prediction of the same labels from the unfitted plan, by part, where the loss has labels.
     """
 
     calls: list[tuple[str, dict[str, Any]]]
@@ -44,6 +47,7 @@ class Fitted:
     adopted: bool
     history: dict[str, list[float]]
     genes: list[str]
+    predictor: dict[str, float] = field(default_factory=dict)
     _plan: Plan | None = field(default=None, repr=False)
 
     def plan(self, adata: Any) -> Plan:
@@ -111,6 +115,36 @@ class Fitted:
                     changes[f] = jax.tree_util.tree_unflatten(tree, leaves)
         return replace(op, **changes)
 
+    def report(self, grid: Any = None) -> Any:
+        """The losses of the fit beside those of its controls.
+
+        Parameters
+        ----------
+        grid
+            From `sd.grid` on the same plan, loss and split: classical settings, the best of them by the held-out part.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row each for the frozen defaults, the fit (whether adopted or not), the grid where given, and the direct
+            predictor where the loss has labels; a column for each of "train", "holdout" and "test". Choose by the
+            second, quote the third.
+        """
+        import pandas as pd
+
+        parts = [name for name in ("train", "holdout", "test") if f"{name}_before" in self.losses]
+        rows = {
+            "frozen defaults": {name: self.losses[f"{name}_before"] for name in parts},
+            f"fit ({'adopted' if self.adopted else 'not adopted'})": {
+                name: self.losses[f"{name}_after"] for name in parts
+            },
+        }
+        if grid is not None:
+            rows[f"grid of {len(grid.table)}"] = grid.losses
+        if self.predictor:
+            rows["direct predictor"] = self.predictor
+        return pd.DataFrame(rows).T.reindex(columns=parts)
+
     def save(self, path: str | Path) -> None:
         """Write the fit to a folder: `arrays.npz` and `fit.json`. Nothing in it is code."""
         folder = Path(path)
@@ -120,6 +154,7 @@ class Fitted:
             "losses": self.losses,
             "adopted": self.adopted,
             "history": self.history,
+            "predictor": self.predictor,
         }
         try:
             text = json.dumps(record, indent=1, default=_described)
@@ -147,7 +182,8 @@ class Fitted:
         params = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
         buffers = {k.removeprefix("buffer/"): v for k, v in arrays.items() if k.startswith("buffer/")}
         calls = [(name, dict(arguments)) for name, arguments in record["calls"]]
-        return cls(calls, params, buffers, record["losses"], record["adopted"], record["history"], genes)
+        losses, adopted, history = (record[name] for name in ("losses", "adopted", "history"))
+        return cls(calls, params, buffers, losses, adopted, history, genes, record.get("predictor", {}))
 
 
 _TABLE = "pandas.DataFrame"
@@ -189,6 +225,16 @@ def _like(saved: np.ndarray, old: Any, key: str) -> Any:
     if np.shape(old) != saved.shape:
         raise ValueError(f"the saved {key!r} has shape {saved.shape}, but this plan needs {np.shape(old)}")
     return jnp.asarray(saved)
+
+
+def flat(plan: Plan, ops: list[Any], names: Callable[[Any], Iterable[str]] | None = None) -> dict[str, np.ndarray]:
+    """Arrays by "step.field", of buffers unless `names` says; those of a network by "step.field['name']"."""
+    found = {}
+    for step, op in zip(plan.steps, ops, strict=True):
+        for name in (kept if names is None else names)(op):
+            for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(op, name))[0]:
+                found[f"{step.name}.{name}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    return found
 
 
 def kept(op: Any) -> list[str]:

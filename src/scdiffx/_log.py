@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Timer", "progress_bar", "settings", "warn"]
+__all__ = ["Timer", "progress_bar", "say", "settings", "warn"]
 
 INFO = 2
 HINT = 3
@@ -60,6 +60,11 @@ class Timer:
         clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         detail = f": added {added}" if added and settings.verbosity >= HINT else ""
         print(f"    finished{detail} ({clock})", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """Print beside progress bars."""
+    print(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.fields import learnables, replace, structural
-from scdiffx._slots import Connectivities, Obs, Part, Slot, X
+from scdiffx._slots import Part, Slot
 from scdiffx._steps import Plan, Step, _cast, restructured
 
-__all__ = ["Program", "graph_of", "parameter_names", "select"]
+__all__ = ["Program", "parameter_names", "select"]
 
 Params = dict[str, Any]
 
@@ -154,6 +154,26 @@ class Program:
         return Program(self.plan, used, self.learned, self.active, _frozen(self.plan, self.active, inputs, values))
 
     @property
+    def written(self) -> set[Slot]:
+        """The slots that every evaluation has a value for."""
+        return {w.slot for i in self.active for w in self.plan.steps[i].writes} | set(self.frozen)
+
+    def settled(self) -> list[Any]:
+        """The operators, with what does not move during a fit computed once where an operator can hold it.
+
+        An operator's optional ``settled(*args)`` returns such a copy; its inputs must not depend on what is learned.
+        """
+        moving: set[Slot] = set()
+        ops = list(self.ops)
+        for i in self.active:
+            step = self.plan.steps[i]
+            settle = getattr(ops[i], "settled", None)
+            if settle is not None and not moving & set(_sources(step)):
+                ops[i] = settle(*(read_value(slot, self.frozen) for slot in step.reads))
+            moving |= {w.slot for w in step.writes}
+        return ops
+
+    @property
     def has_structure(self) -> bool:
         """Whether an active step holds structure that a refresh would find anew."""
         return any(structural(self.ops[i]) for i in self.active)
@@ -170,29 +190,6 @@ class Program:
             if any(bool(jnp.isnan(x).any()) for x in leaves):
                 return step.name
         return "the derivative of a later step or the loss"
-
-    def target(self, term: Any) -> Any:
-        """What a term compares with: a graph, a matrix of counts, or a column of obs (as codes, -1 for missing)."""
-        name, adata = term.target, self.plan.adata
-        graph = graph_of(term)
-        if graph is not None:
-            written = {w.slot for i in self.active for w in self.plan.steps[i].writes}
-            if graph in written or graph in self.frozen:
-                return None  # it is among the values that every evaluation has
-            return _cast(self.plan.run()[2][graph] if self.plan.writes(graph) else graph.read(adata), jnp.float32)
-        if getattr(term, "of_matrix", False):
-            return _cast(X(name, counts=True).read(adata), jnp.float32)
-        if name is None:
-            return None
-        slot = Obs(name)
-        if not slot.exists(adata):
-            raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(adata.obs)[:20]}")
-        return slot.read(adata)
-
-
-def graph_of(term: Any) -> Connectivities | None:
-    """The graph that a term of a loss compares with, if it is one that does."""
-    return Connectivities(term.target) if getattr(term, "of_graph", False) else None
 
 
 def _is_float(x: Any) -> bool:

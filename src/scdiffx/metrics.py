@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scdiffx._core.runtime import ensure_cache
-from scdiffx._fit import Run
+from scdiffx._fit._split import Split
+from scdiffx._fit._training import Run
 from scdiffx._program import Program, norm
 from scdiffx._steps import Plan
 from scdiffx.losses import Loss
@@ -57,7 +59,7 @@ def gradient_flow(plan: Plan, loss: Loss, *, learn: Any = None) -> GradientFlow:
     []
     """
     ensure_cache()
-    run = Run(Program.build(plan, learn), loss, None)
+    run = Run(Program.build(plan, learn), loss, Split(np.ones(plan.adata.n_obs, bool), None, None))
     program = run.program
     # A zero added to an output shows how the loss would answer to a change of it.
     shapes = jax.eval_shape(program.outputs_by_step, program.ops, program.frozen)

@@ -79,13 +79,16 @@ class Counts:
         return Counts(data, self.position, self.shape, self.block_rows)
 
     @classmethod
-    def from_scipy(cls, matrix: Any, dtype: Any = None) -> Counts:
-        """A scipy sparse matrix or array; block lengths are rounded up so that similar data share compiled code."""
+    def from_scipy(cls, matrix: Any, dtype: Any = None, longest: int | None = None) -> Counts:
+        """A scipy sparse matrix or array; block lengths are rounded up so that similar data share compiled code.
+
+        `longest` sets the length of all blocks instead.
+        """
         csr = sp.csr_matrix(matrix)
         n, genes = csr.shape
         rows = min(BLOCK_ROWS, max(n, 1))
         starts = csr.indptr[np.minimum(np.arange(0, n + rows, rows), n)]
-        longest = _bucket(int(np.diff(starts).max(initial=1)))
+        longest = _bucket(int(np.diff(starts).max(initial=1))) if longest is None else longest
         blocks = len(starts) - 1
         data = _aligned((blocks, longest), np.dtype(dtype or csr.dtype), 0)
         position = _aligned((blocks, longest), np.dtype(np.int32), rows * genes)

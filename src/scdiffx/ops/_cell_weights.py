@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,6 +22,7 @@ class CellWeights:
     at `init`); as it falls to 0 the weights become the filter. Cut-offs and temperature can be learned.
     """
 
+    by_cell: ClassVar[bool] = True
     cutoff: Float[Array, " bounds"] = learnable()
     temperature: float | Array = learnable(default=0.1, constraint="positive")
     spread: Float[Array, " bounds"] | None = buffer(default=None)

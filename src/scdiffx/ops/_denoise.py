@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ class Denoise:
     counts are inputs, so the call shows the network all molecules. Training starts from the genes' mean shares.
     """
 
+    by_cell: ClassVar[bool] = True
     net: Net | None = learnable(default=None)
     history: dict[str, Array] | None = buffer(default=None, structure=True)
     tokens: Array | None = buffer(default=None)

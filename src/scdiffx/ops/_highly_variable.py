@@ -35,7 +35,10 @@ class HighlyVariableResult(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What is estimated once: bins or trend of each batch, and where the line between the genes runs."""
+    """What is estimated once: bins or trend of each batch, and where the line between the genes runs.
+
+    `found`: scores, means and dispersions of the data, where these do not move (`HighlyVariable.settled`).
+    """
 
     log_base: Any
     centre: Any
@@ -43,6 +46,7 @@ class Reference(NamedTuple):
     trend: Any
     threshold: Any
     scale: Any
+    found: Any = None
 
 
 @operator
@@ -161,10 +165,16 @@ class HighlyVariable:
             raise ValueError(f"x has {x.shape[1]} genes, and init saw {len(ref.threshold)}")
         if batch is None and _n_batches(ref) > 1:
             raise ValueError(f"init saw {_n_batches(ref)} batches: pass the batch of each cell")
-        score, mean, dispersion = _scores(self.flavor, ref, x, batch)
+        score, mean, dispersion = _scores(self.flavor, ref, x, batch) if ref.found is None else ref.found
         margin = (self._signal(ref, score, mean) - ref.threshold) / (self.temperature * ref.scale)
         shift = 0.0 if self.shift is None else self.shift
         return HighlyVariableResult(jax.nn.sigmoid(margin + shift), jnp.nan_to_num(score, nan=0.0), mean, dispersion)
+
+    def settled(self, x: Matrix, batch: Int[Array, " cells"] | None = None) -> HighlyVariable:
+        """The operator with the scores of these cells: it no longer looks at the data that it is called with."""
+        if self.reference is None:
+            raise ValueError("this operator holds no reference yet: call op = op.init(x) first")
+        return replace(self, reference=self.reference._replace(found=_scores(self.flavor, self.reference, x, batch)))
 
     def _signal(self, ref: Reference, score: Array, mean: Array, by_score: bool = False) -> Array:
         if self.flavor in VARIANCE:

@@ -80,6 +80,7 @@ class LogisticAnnotation:
     In the call, derivatives reach the expression and the three learnables; which type is the most probable is discrete.
     """
 
+    by_cell: ClassVar[bool] = True
     INSIDE: ClassVar[float] = INSIDE
     weights: Array | None = learnable(default=None)
     bias: Array | None = learnable(default=None)

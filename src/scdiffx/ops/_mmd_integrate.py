@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array, Int
@@ -31,6 +31,7 @@ class MMDIntegrate:
     others. `init` trains; the call is the encoder.
     """
 
+    by_cell: ClassVar[bool] = True
     net: Net | None = learnable(default=None)
     scale: Array | None = buffer(default=None)
     history: dict[str, Array] | None = buffer(default=None, structure=True)

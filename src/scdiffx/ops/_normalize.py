@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class NormalizeTotal:
     discrete structure. Cells without counts stay at 0.
     """
 
+    by_cell: ClassVar[bool] = True
     target_sum: float | Array | None = learnable(default=None, constraint="positive")
     counted: Array | None = buffer(default=None)
     exclude_highly_expressed: bool = static(default=False)
@@ -68,6 +69,7 @@ def _never_dominant(x: C.Matrix, max_fraction: float) -> Array:
 class Log1p:
     """log(1 + x), natural or to another `base`."""
 
+    by_cell: ClassVar[bool] = True
     base: float | None = static(default=None)
 
     def __call__(self, x: C.Matrix) -> C.Matrix:
@@ -90,6 +92,7 @@ class Scale:
     The statistics are estimated once, at `init`, so that a cell's values never depend on which cells come with it.
     """
 
+    by_cell: ClassVar[bool] = True
     mean: Array | None = buffer(default=None)
     std: Array | None = buffer(default=None)
     zero_center: bool = static(default=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ class ParametricUMAP:
     were not there, and is differentiable in coordinates and weights.
     """
 
+    by_cell: ClassVar[bool] = True
     net: Net | None = learnable(default=None)
     center: Float[Array, " features"] | None = buffer(default=None)
     scale: Array | None = buffer(default=None)

@@ -75,6 +75,11 @@ class PCA:
     zero_center: bool = static(default=True)
     anchored: bool = static(default=True)
 
+    @property
+    def by_cell(self) -> bool:
+        """Whether a cell's scores are the same whichever cells come with it."""
+        return self.anchored and self.components is not None
+
     def init(
         self, x: C.Matrix, weight: Array | None = None, mask: Array | None = None, key: Array | None = None
     ) -> PCA:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ class VAE:
     to an operator that has a `net`. The call is the trained encoder, differentiable with respect to counts and weights.
     """
 
+    by_cell: ClassVar[bool] = True
     net: Net | None = learnable(default=None)
     history: dict[str, Array] | None = buffer(default=None, structure=True)
     columns: Array | None = buffer(default=None)

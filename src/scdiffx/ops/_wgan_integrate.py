@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class WGANIntegrate:
     lacks are not drawn to others. `init` trains; the call is the encoder.
     """
 
+    by_cell: ClassVar[bool] = True
     net: Net | None = learnable(default=None)
     scale: Array | None = buffer(default=None)
     history: dict[str, Array] | None = buffer(default=None, structure=True)

@@ -1,0 +1,107 @@
+"""A loss made ready for a plan: what its terms read, what they compare it with, and on which cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from scdiffx._core.fields import learnables, replace, structural
+from scdiffx._slots import Connectivities, Obs, Slot, X
+from scdiffx._steps import Plan, _cast, initialised, restructured
+from scdiffx.losses import Loss
+
+__all__ = ["Objective", "Part", "labels_of"]
+
+
+class Part(NamedTuple):
+    """What travels into compiled code: terms with what they hold, their targets (None: a value of the plan), the cells.
+
+    As constants these would be folded while compiling.
+    """
+
+    terms: list[Any]
+    targets: list[Any]
+    keep: Bool[Array, " cells"]
+
+
+class Objective:
+    """A loss on a plan; `written` are the slots whose values every evaluation has."""
+
+    def __init__(self, loss: Loss, plan: Plan, written: Iterable[Slot]) -> None:
+        self.plan = plan
+        self.written = set(written)
+        self.weights = [weight for weight, _ in loss.terms]
+        self.terms = [term for _, term in loss.terms]
+        self.slots = [plan.slot(term.output) for term in self.terms]
+
+    def prepared(self, values: Mapping[Slot, Any], keep: Any) -> Part:
+        """Terms with readouts and neighbours found at these values, among the cells to `keep`."""
+        targets = [self._target(term) for term in self.terms]
+        part = Part(self.terms, targets, jnp.asarray(keep))
+        return part._replace(terms=self._each(part, values, initialised))
+
+    def restructured(self, part: Part, values: Mapping[Slot, Any], at: Part) -> Part:
+        """The part with discrete structure found anew, among the cells of `at`."""
+        return part._replace(terms=self._each(part._replace(keep=at.keep), values, restructured))
+
+    def has_structure(self, part: Part) -> bool:
+        return any(structural(term) for term in part.terms)
+
+    def _each(self, part: Part, values: Mapping[Slot, Any], prepare: Callable[..., Any]) -> list[Any]:
+        for term, slot in zip(self.terms, self.slots, strict=True):
+            if slot not in values:
+                raise ValueError(f"no learned parameter affects {term.output!r}: the loss cannot be lowered through it")
+        both = zip(part.terms, self.slots, part.targets, strict=True)
+        return [prepare(term, (values[slot], target, part.keep), None) for term, slot, target in both]
+
+    def value(self, values: Mapping[Slot, Any], part: Part, readouts: list[dict[str, Any]] | None = None) -> Any:
+        """The weighted sum of the terms; pure."""
+        terms = part.terms
+        if readouts is not None:
+            terms = [replace(term, **own) for term, own in zip(terms, readouts, strict=True)]
+        total = 0.0
+        for weight, term, slot, target in zip(self.weights, terms, self.slots, part.targets, strict=True):
+            graph = _graph_of(term)
+            other = target if graph is None else values.get(graph, target)
+            total = total + weight * term(values[slot], other, part.keep)
+        return total
+
+    @staticmethod
+    def readouts(part: Part) -> list[dict[str, Any]]:
+        """What the terms themselves learn."""
+        return [{name: getattr(term, name) for name in learnables(term)} for term in part.terms]
+
+    def _target(self, term: Any) -> Any:
+        """What a term compares with: a graph, a matrix of counts, or a column of obs (as codes, -1 for missing)."""
+        name, adata = term.target, self.plan.adata
+        graph = _graph_of(term)
+        if graph is not None:
+            if graph in self.written:
+                return None
+            return _cast(self.plan.run()[2][graph] if self.plan.writes(graph) else graph.read(adata), jnp.float32)
+        if getattr(term, "of_matrix", False):
+            return _cast(X(name, counts=True).read(adata), jnp.float32)
+        if name is None:
+            return None
+        slot = Obs(name)
+        if not slot.exists(adata):
+            raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(adata.obs)[:20]}")
+        return slot.read(adata)
+
+
+def _graph_of(term: Any) -> Connectivities | None:
+    """The graph that a term of a loss compares with, if it is one that does."""
+    return Connectivities(term.target) if getattr(term, "of_graph", False) else None
+
+
+def labels_of(loss: Loss, adata: Any) -> tuple[Any, np.ndarray] | None:
+    """The first term that compares with a column of obs, and the column as read (NaN or -1: unknown)."""
+    for _, term in loss.terms:
+        of_column = not (getattr(term, "of_graph", False) or getattr(term, "of_matrix", False))
+        if of_column and term.target is not None and Obs(term.target).exists(adata):
+            return term, np.asarray(Obs(term.target).read(adata))
+    return None

@@ -24,8 +24,8 @@ import scdiffx as sd
 L, P, T = sd.losses, sd.pp, sd.tl
 HEADER = """# Derivatives, measured
 
-`benchmarks/gradient_table.py --write docs/gradients.md` made this page: each function in a short plan from the counts of
-400 blood cells (300 genes), a loss on its output, and for each learnable parameter the norm of the gradient in
+`benchmarks/gradient_table.py --write docs/gradients.md` made this page: each function in a short plan from the counts
+of 400 blood cells (300 genes), a loss on its output, and for each learnable parameter the norm of the gradient in
 unconstrained space, the cosine of derivatives along {n} random directions with central differences (step {step:g},
 double precision), and the norm of their difference relative to that of the differences. What was called is
 `sd.metrics.gradient_flow`.

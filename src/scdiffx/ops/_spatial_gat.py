@@ -39,6 +39,8 @@ class SpatialAutoencoder:
     from the network: an embedding has to foretell a cell from those around it, or else attention would learn to heed
     the cell alone. Being decoded linearly it is what the mixture expects, which knows no linear map of its dimensions.
 
+    Experimental: on one of two labelled tissues averages (:class:`SpatialDomains`) do better.
+
     `init` does nothing to a `net` that exists. Neighbours (and with `training.prune` clusters of expression) are
     structure: edges are those of a graph that is given, whatever their weights, or of `coordinates`, within each
     `batch`. The mixture starts where it was at `init` and is fitted anew to any cells, with its exact derivative.

@@ -61,7 +61,7 @@ def spatial_domains(
     method
         "smooth", as described, or "gat", a graph attention autoencoder after STAGATE, whose embedding takes the place
         of the averages. It is trained in the call to predict cells from those around them, until a held-out tenth of
-        the cells is no longer predicted better. *Experimental*: GATRESULT
+        the cells is no longer predicted better. *Experimental*: on one of two labelled tissues it is behind "smooth".
     use_rep
         Key of `obsm` with the representation to average; default: the principal components. For several slices with
         technical differences use one without them, such as "X_pca_harmony".

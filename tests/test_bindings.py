@@ -167,16 +167,19 @@ def kmeans_keys(key: str) -> dict[str, str]:
     }
 
 
-def domain_keys(key: str) -> dict[str, str]:
+def domain_keys(key: str, found: dict[str, str] | None = None) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
         f"obsm/X_{key}": "float32",
         f"obsm/{key}_probabilities": "float32",
         f"uns/{key}": "mapping",
         f"uns/{key}/params": "mapping",
-        f"uns/{key}/hops": "float",
         f"uns/{key}/log_likelihood": "float",
+        **{f"uns/{key}/{name}": kind for name, kind in (found or {"hops": "float"}).items()},
     }
+
+
+NETWORK = {"held_out_error": "float", "history": "mapping", "history/train": "float64", "history/validation": "float64"}
 
 
 def annotation_keys(key: str) -> dict[str, str]:
@@ -778,6 +781,15 @@ CASES = [
         domain_keys("spatial_domain"),
         {"n_domains": 3, "hops": 2, "n_init": 2, "n_neighbors": 3, "batch_key": "batch"},
         keyed=domain_keys("mine"),
+    ),
+    Case(
+        "spatial_domains_gat",
+        "tl.spatial_domains",
+        "placed",
+        domain_keys("spatial_domain", NETWORK),
+        {"n_domains": 3, "method": "gat", "max_steps": 10, "n_comps": 2, "n_init": 2, "batch_key": "batch"},
+        keyed=domain_keys("mine", NETWORK),
+        slow=True,
     ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
@@ -1541,7 +1553,9 @@ REFUSED = [
     ("ligrec", {"n_perms": 0}, ValueError, "n_perms=0"),
     ("ligrec", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
     ("spatial_domains", {"n_domains": 0}, ValueError, "n_domains=0"),
-    ("spatial_domains", {"method": "gat"}, ValueError, r"method='gat'.*'smooth'"),
+    ("spatial_domains", {"method": "stagate"}, ValueError, r"method='stagate'.*'smooth', 'gat'"),
+    ("spatial_domains", {"method": "gat", "n_domains": 2, "hops": 2.0}, ValueError, "hops=2.0 has no meaning"),
+    ("spatial_domains", {"prune": 0.2}, ValueError, "prune=0.2 has no meaning with method='smooth'"),
     ("spatial_domains", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
     ("spatial_domains", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
     ("spatial_domains", {"n_neighbors": 3, "radius": 2.0}, ValueError, "either n_neighbors=3 or radius=2.0"),

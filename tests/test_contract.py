@@ -99,6 +99,7 @@ SLOW = {
     "scrublet",
     "semi_supervised_vae",
     "solo",
+    "spatial_autoencoder",
     "spatial_domains",
     "steady_state",
     "switch_de",
@@ -474,6 +475,21 @@ CASES = [
         budget=300,
         learns=("hops", "gradient"),
         # The starts are drawn by the order of the cells.
+        equivariant=False,
+    ),
+    Case(
+        "spatial_autoencoder",
+        lambda: ops.SpatialAutoencoder(
+            mixture=ops.TiedMixture(n_init=2, tol=1e-13),
+            n_domains=3,
+            settings=ops.SpatialSettings(n_neighbors=3, n_comps=2),
+            training=ops.SpatialTraining(n_hidden=8, n_layers=1, max_steps=10, prune=0.5),
+        ),
+        lambda d: (d.coordinates[:, :6], None, d.graph, d.batch),
+        lambda r: (r.memberships, r.embedding, r.log_likelihood),
+        budget=300,
+        learns=("net",),
+        # Which cells are hidden in training depends on their order.
         equivariant=False,
     ),
     Case(

@@ -41,6 +41,8 @@ from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
 from scdiffx.ops._spatial_domains import SpatialDomains, SpatialDomainsResult, SpatialSettings
+from scdiffx.ops._spatial_gat import SpatialAutoencoder
+from scdiffx.ops._spatial_gat_net import SpatialTraining
 from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
@@ -142,9 +144,11 @@ __all__ = [
     "SliceGroups",
     "Solo",
     "SoloResult",
+    "SpatialAutoencoder",
     "SpatialDomains",
     "SpatialDomainsResult",
     "SpatialSettings",
+    "SpatialTraining",
     "Standards",
     "SteadyState",
     "SteadyStateResult",

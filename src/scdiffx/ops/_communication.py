@@ -96,7 +96,7 @@ class Communication:
             net = jax.tree.map(lambda a: jnp.asarray(a, x.dtype), self.net)
             read = message(f, features, found.sent, found.borne)
             effect = effect + change(net, graph.pattern, read, graph.values != 0)
-        return CommunicationResult(matmul(x, f.axes) - f.shift, alone + effect, effect)
+        return CommunicationResult(matmul(x, jnp.asarray(f.axes)) - f.shift, alone + effect, effect)
 
     def test(
         self,

@@ -92,7 +92,7 @@ def seen(
     graph: Graph,
     membership: Any,
 ) -> Seen:
-    f = Features(*(np.asarray(a, np.float64) for a in _features(columns, groups, x, graph, membership)))
+    f: Any = jax.tree.map(lambda a: np.asarray(a, np.float64), _features(columns, groups, x, graph, membership))
     if targets is None:
         targets = np.setdiff1d(np.arange(x.shape[1]), np.asarray(columns.genes))
     if not len(targets):
@@ -108,8 +108,7 @@ def seen(
     walk = graph.to_scipy().astype(np.float32)
     degree = np.asarray(walk.sum(1)).ravel()
     walk.data /= np.repeat(np.where(degree > 0, degree, 1), np.diff(walk.indptr))
-    sent, borne, around = (np.asarray(a, np.float32) for a in f[2:])
+    sent, borne = (np.asarray(a, np.float32) for a in (f.sent, f.borne))
     blocks = Blocks(np.asarray(f.own), np.asarray(f.near), np.concatenate([f.around, f.borne * f.around], 1))
     member = np.asarray(f.own[:, :groups])
     return Seen(blocks, Signals(sent, borne, walk), y, mean, size, np.asarray(targets), controls, member)
-

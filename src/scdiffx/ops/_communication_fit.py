@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -31,12 +30,12 @@ class CommunicationSettings(NamedTuple):
     n_folds: int = 5
     attention: bool = False
     n_edge_features: int = 16
-    n_hidden: int = 32
+    n_hidden: int = 16
     n_steps: int = 300
-    patience: int = 10
-    learning_rate: float = 5e-3
-    decay: float = 0.01
-    dropout: float = 0.1
+    patience: int = 5
+    learning_rate: float = 2e-3
+    decay: float = 0.1
+    dropout: float = 0.3
     progress: bool = False
 
 
@@ -51,27 +50,27 @@ class CommunicationFit(NamedTuple):
     `edge_pairs` on its edges; `history` its errors in training and validation cells.
     """
 
-    axes: Float[Array, "genes programs"]
-    shift: Float[Array, " programs"]
-    centre: Float[Array, " features"]
-    scale: Float[Array, " features"]
-    intercept: Float[Array, " programs"]
-    coefficients: Float[Array, "features programs"]
-    r2: Float[Array, " models"]
-    r2_test: Float[Array, " models_and_network"]
-    importance: Float[Array, " pairs"]
-    between: Float[Array, "pairs groups groups"]
-    edge_pairs: Int[Array, " edge_features"]
-    edge_scale: Float[Array, " edge_features"]
-    attended: Float[Array, " edge_features"]
-    history: Float[Array, "two checks"]
+    axes: Float[Array | np.ndarray, "genes programs"]
+    shift: Float[Array | np.ndarray, " programs"]
+    centre: Float[Array | np.ndarray, " features"]
+    scale: Float[Array | np.ndarray, " features"]
+    intercept: Float[Array | np.ndarray, " programs"]
+    coefficients: Float[Array | np.ndarray, "features programs"]
+    r2: Float[Array | np.ndarray, " models"]
+    r2_test: Float[Array | np.ndarray, " models_and_network"]
+    importance: Float[Array | np.ndarray, " pairs"]
+    between: Float[Array | np.ndarray, "pairs groups groups"]
+    edge_pairs: Int[Array | np.ndarray, " edge_features"]
+    edge_scale: Float[Array | np.ndarray, " edge_features"]
+    attended: Float[Array | np.ndarray, " edge_features"]
+    history: Float[Array | np.ndarray, "two checks"]
 
 
 def folds(graph: Graph, n_folds: int, seed: int) -> Int[np.ndarray, " cells"]:
     return folds_of(np.asarray(graph.pattern.order), n_folds, np.random.default_rng([seed, 1]))
 
 
-def message(f: CommunicationFit, features: Array, sent: Array, borne: Array) -> Message:
+def message(f: CommunicationFit, features: Any, sent: Any, borne: Any) -> Message:
     """What the network reads of the standardised features and the signals."""
     at, pairs = f.edge_pairs, sent.shape[1]
     first = features.shape[1] - 2 * pairs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -90,7 +90,7 @@ def programs_of(
     part = Signals(signals.sent, signals.borne[cells], signals.walk[cells])
     z = z_scores(part, standardised(y[cells], basis), basis)
     z = np.sign(z) * np.maximum(np.abs(z) - _NOISE, 0)
-    value, axes = np.linalg.eigh(z.T @ z if z.shape[1] <= z.shape[0] else z @ z.T)
+    axes = np.linalg.eigh(z.T @ z if z.shape[1] <= z.shape[0] else z @ z.T)[1]
     axes = axes[:, ::-1][:, : min(n_programs, *z.shape)]
     if z.shape[1] > z.shape[0]:
         axes = z.T @ axes
@@ -166,7 +166,7 @@ def _lost(part: np.ndarray, left: np.ndarray, b: np.ndarray) -> Float[np.ndarray
     return np.asarray(2 * part * (left @ b.T) + part**2 * (b**2).sum(1))
 
 
-def r2(y: np.ndarray, predicted: np.ndarray, mean: np.ndarray, cells: np.ndarray) -> float:
+def r2(y: np.ndarray, predicted: np.ndarray, mean: Any, cells: np.ndarray) -> float:
     """Share of the variance, about the mean of the training cells, that is predicted in some of the cells."""
     total = ((y[cells] - mean) ** 2).sum()
     return float(1 - ((y[cells] - predicted[cells]) ** 2).sum() / max(total, _TINY))

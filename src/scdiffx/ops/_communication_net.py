@@ -29,11 +29,11 @@ class Message(NamedTuple):
     `scale` standardises the product of ligand and receptor over an edge.
     """
 
-    features: Float[Array, "cells features"]
-    sent: Float[Array, "cells edge_features"]
-    borne: Float[Array, "cells edge_features"]
-    scale: Float[Array, " edge_features"]
-    summed: Float[Array, "cells edge_features"]
+    features: Float[Array | np.ndarray, "cells features"]
+    sent: Float[Array | np.ndarray, "cells edge_features"]
+    borne: Float[Array | np.ndarray, "cells edge_features"]
+    scale: Float[Array | np.ndarray, " edge_features"]
+    summed: Float[Array | np.ndarray, "cells edge_features"]
 
 
 def change(

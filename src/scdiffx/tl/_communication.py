@@ -92,10 +92,11 @@ def communication(
         A row for each pair whose genes the data have, smallest p-values first: `ligand` and `receptor` (categorical,
         names as given); `statistic` (mean over genes of by how much squared z-scores exceed 4), `pvalue`, `qvalue`
         (Benjamini-Hochberg); `gain`, the share of the genes' variance that the pair adds in held-out cells; and
-        `importance`, the share of the programs' that the model of all pairs loses there without it. Both can be below 0.
+        `importance`, the share of the programs' that the model of all pairs loses there without it. Both may be below
+        0.
     `adata.uns["communication_groups" | f"{key_added}_groups"]` : data frame
-        With `groupby`: `ligand`, `receptor`, `source`, `target` and `importance` of the pair where only cells of `source`
-        send and only those of `target` receive; largest first. A description, without a test.
+        With `groupby`: `ligand`, `receptor`, `source`, `target`, and `importance` of the pair where only cells of
+        `source` send and only those of `target` receive; largest first. A description, without a test.
     `adata.obsm["X_communication" | f"X_{key_added}"]` : float32 (cells, programs)
         What neighbours add to the predicted programs of each cell.
     `adata.uns["communication_params" | f"{key_added}_params"]` : dict
@@ -123,11 +124,11 @@ def communication(
     parts each is held out once; another one chooses penalties, and the remaining three yield programs and coefficients.
 
     Senders change places with cells of their own type and batch, with all their ligands. P-values are shares of
-    permutations, ``(1 + k) / (1 + n)``; where fewer than 10 reach the statistic, the tail of a gamma distribution of the
-    permutations' mean and variance. They are calibrated where a cell's ligands do not depend on its place; expression
-    that varies smoothly in space within a type, for whatever reason, can make pairs significant. Receivers with the
-    receptor must respond more than those without: a ligand that changes all cells alike is not found, nor one that lies
-    everywhere alike. It is regression: what goes with a ligand, unmeasured, gets its credit.
+    permutations, ``(1 + k) / (1 + n)``; where fewer than 10 reach the statistic, the tail of a gamma distribution of
+    the permutations' mean and variance. They are calibrated where a cell's ligands do not depend on its place;
+    expression that varies smoothly in space within a type, for whatever reason, can make pairs significant. Receivers
+    with the receptor must respond more than those without: a ligand that changes all cells alike is not found, nor one
+    that lies everywhere alike. It is regression: what goes with a ligand, unmeasured, gets its credit.
 
     In a plan results are differentiable in expression.
 
@@ -274,6 +275,9 @@ def _group_table(between: np.ndarray, pairs: list[tuple[str, str]], groups: list
     order = order[between.ravel()[order] != 0]
     pair, source, target = np.unravel_index(order, between.shape)
     columns = _named(pairs, pair)
-    columns |= {"source": pd.Categorical.from_codes(source, groups), "target": pd.Categorical.from_codes(target, groups)}
+    columns |= {
+        "source": pd.Categorical.from_codes(source, groups),
+        "target": pd.Categorical.from_codes(target, groups),
+    }
     columns["importance"] = np.asarray(between.ravel()[order], np.float64)
     return pd.DataFrame(columns, index=pd.RangeIndex(len(order)).astype(str))

@@ -74,6 +74,7 @@ class Case(NamedTuple):
 # What takes long to compile or run, and settings of operators that are tested with others too: these are slow tests.
 SLOW = {
     "align_slices",
+    "communication",
     "communication_gat",
     "denoise",
     "doublet_classifier",

@@ -138,10 +138,10 @@ def test_planted_responses_are_found_and_none_once_neighbours_are_permuted() -> 
 
 @pytest.mark.slow
 def test_attention_finds_what_sums_of_products_do_not() -> None:
-    adata, pairs = tissue(0, n=1500, pairs=6, bent=True)
+    adata, pairs = tissue(0, n=2000, pairs=6, bent=True)
     sd.tl.communication(adata, pairs, groupby="type", method="gat", n_programs=3, n_perms=1)
     scores = adata.uns["communication_params"]["r2_test"]
-    assert scores["gat"] > scores["linear"] + 0.005
+    assert scores["gat"] > scores["linear"] + 0.01
 
 
 def test_graphs_batches_and_targets() -> None:

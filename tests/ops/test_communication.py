@@ -144,6 +144,7 @@ def test_attention_finds_what_sums_of_products_do_not() -> None:
     assert scores["gat"] > scores["linear"] + 0.01
 
 
+@pytest.mark.slow
 def test_graphs_batches_and_targets() -> None:
     adata, pairs = tissue(1)
     settings = {"n_programs": 3, "n_perms": 5}

@@ -74,6 +74,8 @@ class Case(NamedTuple):
 # What takes long to compile or run, and settings of operators that are tested with others too: these are slow tests.
 SLOW = {
     "align_slices",
+    "communication",
+    "communication_gat",
     "denoise",
     "doublet_classifier",
     "dynamics",
@@ -636,6 +638,23 @@ CASES = [
             budget=1_500,
         )
         for name, policy, near in (("ligrec", "min", False), ("ligrec_neighbors", "group_min", True))
+    ),
+    *(
+        Case(
+            name,
+            lambda attention=attention: ops.Communication(
+                ligands=np.array([[102, 102], [70, 103]]),
+                receptors=np.array([[52, 53], [65, 104]]),
+                settings=ops.CommunicationSettings(n_programs=3, attention=attention, n_hidden=8, n_steps=10),
+            ),
+            lambda d: (d.log, d.graph, jax.nn.softmax(d.coordinates[:, :3] / 4)),
+            tuple,
+            budget=1_500,
+            learns=("net",) if attention else (),
+            # Which cells are held out together depends on their order.
+            equivariant=False,
+        )
+        for name, attention in (("communication", False), ("communication_gat", True))
     ),
     Case(
         "umap",

@@ -9,6 +9,9 @@ from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
 from scdiffx.ops._annotation_fit import Envelope
 from scdiffx.ops._archetypes import Archetypes, ArchetypesResult
 from scdiffx.ops._cell_weights import CellWeights
+from scdiffx.ops._communication import Communication, CommunicationResult
+from scdiffx.ops._communication_fit import CommunicationFit, CommunicationSettings
+from scdiffx.ops._communication_test import CommunicationTest
 from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
@@ -67,6 +70,11 @@ __all__ = [
     "Archetypes",
     "ArchetypesResult",
     "CellWeights",
+    "Communication",
+    "CommunicationFit",
+    "CommunicationResult",
+    "CommunicationSettings",
+    "CommunicationTest",
     "Counts",
     "Denoise",
     "DenoiseResult",

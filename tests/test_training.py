@@ -110,6 +110,13 @@ def test_scheduled_parameters_follow_their_schedule(data):
     assert fitted.params["highly_variable_genes.temperature"] == pytest.approx(float(falling(best)), rel=1e-5)
 
 
+def test_any_optimiser_with_whatever_it_is_chained_with(data):
+    """Clipped to next to nothing, gradients move next to nothing."""
+    tiny = optax.chain(optax.clip_by_global_norm(1e-6), optax.sgd(optax.constant_schedule(1.0)))
+    fitted = sd.fit(projection(data), LABELS, optimizer=tiny, n_steps=3, **QUIET)
+    assert fitted.history["train"] == pytest.approx([fitted.history["train"][0]] * 3, abs=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [None, 100])
 def test_a_fit_goes_on_from_its_checkpoint(data, tmp_path, batch_size):
     settings = {**QUIET, "refresh_every": 3, "batch_size": batch_size}

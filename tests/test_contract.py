@@ -408,7 +408,7 @@ CASES = [
     ),
     Case(
         "align_slices",
-        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, max_spots=30, tol=1e-12),
+        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, limits=ops.SliceLimits(30, 1e-12)),
         # One slice larger than the other, so that geometry counts.
         lambda d: (d.counts, d.coordinates[:, :2] * (1 + 0.5 * d.batch[:, None]), d.batch),
         lambda r: (r.aligned, r.rotation, r.shift, r.objective, r.plan),

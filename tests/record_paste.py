@@ -1,4 +1,4 @@
-"""Record POT's couplings, of all and of a part, of two real slices: tests/ops/align_slices_pot.npz, for ops/test_align_slices.py.
+"""Record POT's couplings of two real slices, of all and of a part: tests/ops/align_slices_pot.npz.
 
 PYTHON tests/record_paste.py paste_breast.h5ad, by a Python in which POT runs. The file also holds the input: the spots
 in the middle of two sections of the breast cancer that PASTE comes with (BSD licence), and their most frequent genes.

@@ -97,6 +97,7 @@ def test_objective_is_as_good_as_pots() -> None:
     assert found < record()["objective"] * (1 + 1e-4)
 
 
+@in_double
 @pytest.mark.parametrize("dims", [2, 3])
 def test_what_is_not_linear_in_a_part_is_made_of_its_moments(dims: int) -> None:
     rng = np.random.default_rng(dims)
@@ -105,18 +106,17 @@ def test_what_is_not_linear_in_a_part_is_made_of_its_moments(dims: int) -> None:
     p *= 0.7 / p.sum()
     c, d = cdist(x, x, "sqeuclidean"), cdist(y, y, "sqeuclidean")
     a, b = p.sum(1), p.sum(0)
-    with jax.enable_x64(True):
-        given = (jnp.zeros(p.shape), jnp.asarray(x), jnp.asarray(y), jnp.ones(()), jnp.asarray(0.7))
-        lift = gromov.lifted(*given)
-        w = gromov.moments(lift, lift.a[:-1].T @ p @ lift.b[:-1])
-        found = (lift.base[:-1, :-1] * p).sum() + gromov.energy(lift, w)
-        slope = (lift.base + gromov.surface(lift, w))[:-1, :-1]
+    lift = gromov.lifted(jnp.zeros(p.shape), jnp.asarray(x), jnp.asarray(y), jnp.ones(()), jnp.asarray(0.7))
+    w = gromov.moments(lift, lift.a[:-1].T @ p @ lift.b[:-1])
+    found = (lift.base[:-1, :-1] * p).sum() + gromov.energy(lift, w)
+    slope = np.asarray(lift.base + gromov.surface(lift, w))[:-1, :-1]
     np.testing.assert_allclose(found, a @ c**2 @ a + b @ d**2 @ b - 2 * ((c @ p @ d) * p).sum(), rtol=1e-10)
     both = (c**2 @ a)[:, None] + d**2 @ b - 2 * c @ p @ d
     # But for a constant, which the mass that is given takes.
     np.testing.assert_allclose(slope - slope.mean(), 2 * (both - both.mean()), rtol=1e-8)
 
 
+@pytest.mark.slow
 @in_double
 def test_a_part_is_coupled_as_well_as_pots() -> None:
     counts, spots, batch = pair()
@@ -133,6 +133,7 @@ def test_a_part_is_coupled_as_well_as_pots() -> None:
     assert found < theirs * (1 + 1e-3)
 
 
+@pytest.mark.slow
 @in_double
 def test_a_cut_slice_comes_to_where_it_is_from() -> None:
     counts, spots, _ = pair()

@@ -86,8 +86,8 @@ class AlignSlices:
     shifts each slice as the coupling implies (weighted Procrustes), onto slice `reference`, or with None onto the slice
     before it. Memory is linear in the spots; couplings are at most ``max_spots x max_spots``.
 
-    With `overlap` only this share of the mass of either slice is coupled, that which is coupled best (PASTE2, Liu et al.
-    2023): what is left out costs nothing, and motions are those of what is coupled.
+    With `overlap` only this share of the mass of either slice is coupled, that which is coupled best (PASTE2, Liu et
+    al. 2023): what is left out costs nothing, and motions are those of what is coupled.
 
     With "center" as `reference` all slices are coupled with a centre that has the places of the first slice. Its
     expression starts as that of the first slice; then couplings, and the mean over slices of what they bring to each
@@ -177,9 +177,7 @@ class AlignSlices:
         profiles, where = _means(groups, x, spatial)
 
         def all_pairs(center: Array | None) -> tuple[Array, ...]:
-            return lax.map(
-                lambda i: self._coupled(groups, profiles, where, i, center), jnp.arange(len(groups.pairs))
-            )
+            return lax.map(lambda i: self._coupled(groups, profiles, where, i, center), jnp.arange(len(groups.pairs)))
 
         center = None
         if self.reference == "center":

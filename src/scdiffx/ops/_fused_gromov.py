@@ -5,9 +5,9 @@ constant, a linear term and ``-8 |W|^2`` with ``W = x^T P y``, a matrix of dims 
 not linear in it passes through W: at a given W the problem is one of linear transport, and the W of its solution lowers
 the objective.
 
-Where only a share of the mass is coupled (:func:`slackened`), marginals are free and w stands for more moments of P than
-W, of which some are convex (``ops/_partial_gromov.py``). The concave ones are what W is; the convex ones are solved for
-together with the potentials, whose dual is concave in both.
+Where only a share of the mass is coupled (:func:`slackened`), marginals are free and w stands for more moments of P
+than W, of which some are convex (``ops/_partial_gromov.py``). The concave ones are what W is; the convex ones are
+solved for together with the potentials, whose dual is concave in both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
+from scdiffx.ops._gromov_newton import System, descent, held, solve
 from scdiffx.ops._partial_gromov import Lift, bend, bend_of, energy, lifted, moments, products, sizes, surface
 
 __all__ = ["Coupling", "Problem", "centred", "couple", "objective", "plan", "search", "slackened"]
@@ -32,8 +32,6 @@ _HOT, _COLD, _STAGES = 0.5, 0.05, 10
 _SWEEPS, _ROUNDS = 20, 2
 # Share of the marginals that damping adds to the diagonal, for the first step and at most.
 _DAMPING, _MOST_DAMPING = 0.1, 10.0
-# The least curvature that a step counts on, in units of the bound's.
-_FLATTEST = 0.05
 # Steps towards the moments of a new coupling are no shorter than this share of the way.
 _LEAST_STEP = 0.05
 # What is coupled is at least this share of the mass, and less than all by as much.
@@ -61,11 +59,11 @@ class Problem(NamedTuple):
 
 
 class Coupling(NamedTuple):
-    """Potentials, ``w = x^T P y`` or all moments, the number of steps, and the largest relative error of what a solution fulfils."""
+    """Potentials, ``w = x^T P y`` or all moments, steps, and the largest relative error of what a solution fulfils."""
 
     f: Float[Array, " n"]
     g: Float[Array, " m"]
-    w: Float[Array, "..."]
+    w: Array
     steps: Array
     error: Array
 
@@ -175,7 +173,7 @@ def _anneal(problem: Problem, w: Array, hot: Array, cold: Array) -> tuple[Array,
         return _round(at(i), f, w)
 
     def slack(i: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        return _toward(at(i), i == 0, *state)
+        return _toward(at(i), jnp.asarray(i == 0), *state)
 
     start = (jnp.zeros_like(problem.log_p), jnp.zeros_like(problem.log_q), w)
     if problem.lift is None:
@@ -224,17 +222,6 @@ def search(problem: Problem, starts: Float[Array, "starts dims dims"]) -> tuple[
     return lax.map(one, starts)
 
 
-class _System(NamedTuple):
-    """The symmetric derivative of :func:`_residual` times epsilon, the last columns over ``bend alpha``, in blocks."""
-
-    p: Array
-    rows: Array
-    columns: Array
-    r: Array
-    s: Array
-    t: Array
-
-
 def _residual(problem: Problem, f: Array, g: Array, w: Array) -> tuple[Array, Array, Array]:
     """What is 0 at a solution."""
     p = plan(problem, f, g, w)
@@ -247,7 +234,7 @@ def _errors(problem: Problem, residual: tuple[Array, Array, Array]) -> tuple[Arr
     p, q = jnp.exp(problem.log_p), jnp.exp(problem.log_q)
     if problem.lift is not None:
         c = jnp.abs(c) / sizes(problem.lift, p, q)
-        concave = _bend(problem) > 0
+        concave = bend(problem.lift) > 0
         marginals = jnp.abs(a).sum() + jnp.abs(b).sum()
         return marginals + jnp.where(concave, 0, c).sum(), jnp.where(concave, c, 0).sum()
     size = jnp.sqrt((p @ _norms(problem.x)) * (q @ _norms(problem.y)))
@@ -268,80 +255,20 @@ def _dual(problem: Problem, f: Array, g: Array, w: Array) -> Array:
     return dual - problem.alpha * energy(problem.lift, jnp.where(_bend(problem) < 0, w, 0))
 
 
-def _system(problem: Problem, f: Array, g: Array, w: Array) -> _System:
+def _system(problem: Problem, f: Array, g: Array, w: Array) -> System:
     x, y = problem.x, problem.y
     p = plan(problem, f, g, w)
     if problem.lift is not None:
         r, s, t = products(problem.lift, p)
         t = t - jnp.diag(problem.epsilon / (_bend(problem) * problem.alpha))
-        return _System(p, p.sum(1), p.sum(0), r, s, t)
+        return System(p, p.sum(1), p.sum(0), r, s, t)
     n, m, d = len(x), len(y), x.shape[1]
     r = x[:, :, None] * (p @ y)[:, None, :]
     s = (p.T @ x)[:, :, None] * y[:, None, :]
     yy = p @ (y[:, :, None] * y[:, None, :]).reshape(m, d * d)
     t = jnp.einsum("ik,ia,ilb->klab", x, x, yy.reshape(n, d, d)).reshape(d * d, d * d)
     t = t - problem.epsilon / (16 * problem.alpha) * jnp.eye(d * d, dtype=x.dtype)
-    return _System(p, p.sum(1), p.sum(0), r.reshape(n, d * d), s.reshape(m, d * d), t)
-
-
-def _held(problem: Problem, system: _System) -> _System:
-    """The system of the potentials, and convex moments, alone: W stays."""
-    if problem.lift is not None:
-        moves = _bend(problem) < 0
-        t = jnp.where(moves & moves[:, None], system.t, -jnp.eye(len(system.t), dtype=system.t.dtype))
-        return system._replace(r=system.r * moves, s=system.s * moves, t=t)
-    return system._replace(r=0 * system.r, s=0 * system.s, t=-jnp.eye(len(system.t), dtype=system.t.dtype))
-
-
-def _solve(system: _System, a: Array, b: Array, c: Array, damping: Array | float = 0.0) -> tuple[Array, Array, Array]:
-    """Solve by elimination of the rows. Potentials are known up to a constant: that of the columns is held."""
-    p, rows, columns, r, s, t = system
-    rows, columns = (1 + damping) * rows, (1 + damping) * columns
-    m = len(columns)
-    right = jnp.column_stack([p, r])
-    matrix = jnp.block([[jnp.diag(columns), s], [s.T, t]]) - right.T @ (right / rows[:, None])
-    # Points may have next to no weight: scaled, their rows are like others.
-    scale = jnp.concatenate([1 / jnp.sqrt(columns), jnp.ones(len(t), p.dtype)])
-    null = jnp.concatenate([columns, jnp.zeros(len(t), p.dtype)]) * scale
-    matrix = matrix * scale[:, None] * scale + null[:, None] * null
-    # Transposed, scales are those of rows for one right side and for many.
-    given = jnp.concatenate([b, c]) - right.T @ (a.T / rows).T
-    found = (scale * jnp.linalg.solve(matrix, (scale * given.T).T).T).T
-    return ((a - right @ found).T / rows).T, found[:m], found[m:]
-
-
-def _descent(
-    problem: Problem, system: _System, right: tuple[Array, Array, Array], joint: Array, damping: Array
-) -> tuple[Array, Array, Array]:
-    """Newton's step on potentials and convex moments, and with `joint` on W, in which it goes down where it would go up.
-
-    Of the Hessian in W, in units in which that of the concave squares' bound is 1, eigenvalues are taken without their
-    signs: what is stationary yet no minimum does not attract.
-    """
-    assert problem.lift is not None
-    moves = _bend(problem) > 0
-    at = np.flatnonzero(bend_of(problem.x.shape[1]) > 0)
-    held = _held(problem, system)
-    held = held._replace(t=held.t + jnp.where(joint, 0, damping) * jnp.diag(jnp.diag(held.t)))
-    a, b, c = right
-    sides = (
-        jnp.column_stack([a, system.r[:, at]]),
-        jnp.column_stack([b, system.s[:, at]]),
-        jnp.column_stack([c, system.t[:, at]]) * ~moves[:, None],
-    )
-    found = _solve(held, *sides, jnp.where(joint, 0, damping))
-    own, answers = tuple(v[:, 0] for v in found), tuple(v[:, 1:] for v in found)
-
-    def across(v: tuple[Array, Array, Array]) -> Array:
-        return sum(side[:, 1:].T @ part for side, part in zip(sides, v, strict=True))  # type: ignore[return-value]
-
-    size = jnp.sqrt(problem.alpha * _bend(problem)[at] / problem.epsilon)
-    values, vectors = jnp.linalg.eigh(size[:, None] * (system.t[jnp.ix_(at, at)] - across(answers)) * size)
-    # The derivative of the residual is minus the Hessian.
-    inverse = vectors / -jnp.maximum(jnp.abs(values), _FLATTEST) @ vectors.T
-    dw = jnp.where(joint, size * (inverse @ (size * (c[at] - across(own)))), 0)
-    df, dg, dc = (v - answer @ dw for v, answer in zip(own, answers, strict=True))
-    return df, dg, dc.at[at].set(dw)
+    return System(p, p.sum(1), p.sum(0), r.reshape(n, d * d), s.reshape(m, d * d), t)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -389,11 +316,12 @@ def _newton(problem: Problem, f: Array, g: Array, w: Array, steps: Array, tol: A
         marginals, moment = _errors(problem, (a, b, c))
         system = _system(problem, f, g, w)
         if problem.lift is None:
-            system = jax.tree.map(lambda *two: jnp.where(joint, *two), system, _held(problem, system))
+            system = jax.tree.map(lambda *two: jnp.where(joint, *two), system, held(system, None))
             right = (-epsilon * a, -epsilon * b, jnp.where(joint, -epsilon * c.ravel(), 0))
-            df, dg, dw = _solve(system, *right, jnp.where(joint, 0, damping))
+            df, dg, dw = solve(system, *right, jnp.where(joint, 0, damping))
         else:
-            df, dg, dw = _descent(problem, system, (-epsilon * a, -epsilon * b, -epsilon * c), joint, damping)
+            right = (-epsilon * a, -epsilon * b, -epsilon * c)
+            df, dg, dw = descent(system, right, bend_of(problem.x.shape[1]), problem.alpha / epsilon, joint, damping)
         dw = dw.reshape(w.shape) / (_bend(problem) * problem.alpha)
         new = (f + df, g + dg, w + dw)
         reached = _reached(problem, *new)
@@ -430,7 +358,7 @@ def _backward(tol: float, max_iter: int, saved: Any, cotangent: Coupling) -> tup
     a, b, c = cotangent.f, cotangent.g, cotangent.w.ravel() / (_bend(problem) * problem.alpha)
     # What depends on the coupling alone does not change along the constant; rounding may.
     off = (a.sum() - b.sum()) / (len(a) + len(b))
-    found = _solve(_system(problem, f, g, w), a - off, b + off, c)
+    found = solve(_system(problem, f, g, w), a - off, b + off, c)
     adjoint = (found[0], found[1], found[2].reshape(w.shape))
     pull = jax.vjp(lambda problem: _residual(problem, f, g, w), problem)[1]
     return pull(jax.tree.map(lambda v: -problem.epsilon * v, adjoint))[0], jnp.zeros_like(start)

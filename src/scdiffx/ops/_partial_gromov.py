@@ -1,7 +1,7 @@
 """What is not linear in a coupling whose marginals are free, for squared distances: a square of few of its moments.
 
-With n = |x|^2, m = |y|^2 and u = n - m, the Gromov-Wasserstein term of a coupling P of mass s is, with E for sums over P
-and any origin of x and y,
+With n = |x|^2, m = |y|^2 and u = n - m, the Gromov-Wasserstein term of a coupling P of mass s is, with E for sums over
+P and any origin of x and y,
 
     2 s E[u^2] + 2 E[u]^2 + 4 |E[x x^T]|^2 + 4 |E[y y^T]|^2 - 8 |E[x y^T]|^2 - 8 E[u x] E[x] + 8 E[u y] E[y]
 
@@ -37,12 +37,12 @@ class Lift(NamedTuple):
 def _form(dims: int) -> tuple[np.ndarray, np.ndarray]:
     """Features by products of monomials (features, monomials, monomials), and the curvature of each moment's square.
 
-    Monomials: 1, |x|^2, x, |x|^2 x and x x^T. Features: x y^T; u, x x^T, y y^T; then u x + x, u x - x and the same of y.
+    Monomials: 1, |x|^2, x, |x|^2 x and x x^T. Features: x y^T; u, x x^T, y y^T; then u x + x, u x - x, the same of y.
     """
     d, last = dims, 2 + 2 * dims
     count = last + d * d
     one, norm, plain, cubic, square = 0, 1, 2, 2 + d, last
-    features: list[tuple[float, list[tuple[int, int, float]]]] = []
+    features: list[tuple[int, list[tuple[int, int, int]]]] = []
     features += [(-16, [(plain + i, plain + j, 1)]) for i in range(d) for j in range(d)]
     features.append((4, [(norm, one, 1), (one, norm, -1)]))
     features += [(8, [(square + i, one, 1)]) for i in range(d * d)]
@@ -83,7 +83,8 @@ def lifted(cost: Array, x: Array, y: Array, alpha: Array, share: Array) -> Lift:
     base = (1 - alpha) * cost + 2 * alpha * share * u**2
     apart = _APART * (1 + lax.stop_gradient(jnp.abs(base).max()))
     base = jnp.pad(base, ((0, 1), (0, 1))).at[-1, -1].set(apart)
-    return Lift(*(jnp.pad(v, ((0, 1), (0, 0))) for v in (a, b)), base)
+    a, b = (jnp.pad(v, ((0, 1), (0, 0))) for v in (a, b))
+    return Lift(a, b, base)
 
 
 def _monomials(x: Float[Array, "n dims"]) -> Float[Array, "n monomials"]:

@@ -136,7 +136,7 @@ def align_slices(
         alpha=float(alpha),
         epsilon=float(epsilon),
         overlap=None if overlap == 1 else float(overlap),
-        reference=names.index(reference) if reference in names else reference,
+        reference=names.index(reference) if reference in names else None if reference is None else "center",
         reflection=reflection,
         limits=ops.SliceLimits(max_spots=max_spots, max_iter=max_iter),
     )

@@ -58,7 +58,7 @@ def align_slices(
     overlap
         Share of the mass of either slice that is coupled (PASTE2's s), greater than 0 and at most 1; the same for all
         pairs. Of slices with n and m spots that have k in common, k over the larger of n and m. It has to be known, to
-        about a tenth: it is not estimated.
+        about a tenth and rather less than more: it is not estimated.
     alpha
         Weight of geometry against expression, greater than 0 and at most 1.
     epsilon

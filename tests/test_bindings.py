@@ -1441,6 +1441,7 @@ REFUSED = [
     ("align_slices", {"reference": "third"}, KeyError, r"reference='third'.*'first'"),
     ("align_slices", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
     ("align_slices", {"alpha": 0}, ValueError, "alpha=0"),
+    ("align_slices", {"overlap": 0}, ValueError, "overlap=0"),
     ("align_slices", {"epsilon": 0}, ValueError, "epsilon=0"),
     ("align_slices", {"max_spots": 2}, ValueError, "max_spots=2"),
     ("align_slices", {"max_iter": 0}, ValueError, "max_iter=0"),

@@ -74,6 +74,7 @@ class Case(NamedTuple):
 # What takes long to compile or run, and settings of operators that are tested with others too: these are slow tests.
 SLOW = {
     "align_slices",
+    "align_slices_overlap",
     "communication",
     "communication_gat",
     "denoise",
@@ -411,13 +412,21 @@ CASES = [
     ),
     Case(
         "align_slices",
-        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, max_spots=30, tol=1e-12),
+        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, limits=ops.SliceLimits(30, 1e-12)),
         # One slice larger than the other, so that geometry counts.
         lambda d: (d.counts, d.coordinates[:, :2] * (1 + 0.5 * d.batch[:, None]), d.batch),
         lambda r: (r.aligned, r.rotation, r.shift, r.objective, r.plan),
         # The counts, their places and derivatives.
         budget=1_200,
         learns=("alpha", "epsilon"),
+    ),
+    Case(
+        "align_slices_overlap",
+        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, overlap=0.7, limits=ops.SliceLimits(30, 1e-12)),
+        lambda d: (d.counts, d.coordinates[:, :2] * (1 + 0.5 * d.batch[:, None]), d.batch),
+        lambda r: (r.aligned, r.rotation, r.shift, r.objective, r.plan),
+        budget=1_200,
+        learns=("alpha", "epsilon", "overlap"),
     ),
     Case(
         "ot_transport",

@@ -4,7 +4,7 @@ from scdiffx._core.counts import Counts
 from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
-from scdiffx.ops._align_slices import AlignSlices, AlignSlicesResult, SliceGroups
+from scdiffx.ops._align_slices import AlignSlices, AlignSlicesResult, SliceGroups, SliceLimits
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
 from scdiffx.ops._annotation_fit import Envelope
 from scdiffx.ops._archetypes import Archetypes, ArchetypesResult
@@ -150,6 +150,7 @@ __all__ = [
     "Simulate",
     "SimulateResult",
     "SliceGroups",
+    "SliceLimits",
     "Solo",
     "SoloResult",
     "SpatialAutoencoder",

@@ -4,8 +4,8 @@
 
 The loss is mixing of the batches after Harmony (`batch_mixing`) with what must be kept: soft clusters must still follow
 the neighbour graph within each batch, that of the unfitted components (`modularity`). A fifth of the cells chooses.
-Learned are gene weights, scales of components, and Harmony's theta, sigma and ridge. Frozen are the same steps with
-their defaults. Both are judged as `integrate.py` does: mixing, votes of 15 neighbours for the label, best ARI of six
+Learned are Harmony's theta, sigma and ridge; `--learn highly_variable_genes.shift pca.scale harmony` learns gene
+weights and scales of components too. Frozen are the same steps with their defaults. Both are judged as `integrate.py` does: mixing, votes of 15 neighbours for the label, best ARI of six
 Leiden resolutions, .4 mixing + .6 conservation; and by the adjusted Rand index of the k-means clusters, of which there
 are as many as labels. With `--keep halves` what must be kept is that two halves of a cell's molecules find each other.
 """
@@ -29,7 +29,7 @@ from sklearn.metrics import adjusted_rand_score
 import scdiffx as sd
 from scdiffx._steps import replay
 
-LEARN = ["highly_variable_genes.shift", "pca.scale", "harmony"]
+LEARN = ["harmony"]
 
 
 def workflow(target: Any, clusters: int) -> None:
@@ -59,7 +59,7 @@ def within_batches(adata: ad.AnnData) -> None:
     adata.uns["within"] = {"connectivities_key": "within", "distances_key": "within", "params": {}}
 
 
-def run(name: str, seed: int, steps: int, rate: float, keep: str) -> dict[str, Any]:
+def run(name: str, seed: int, steps: int, rate: float, keep: str, learn: list[str]) -> dict[str, Any]:
     source = loaded(name)
     whole = ad.AnnData(
         source.layers["counts"].copy(), obs=source.obs[["batch", "label"]].copy(), var=source.var[[]].copy()
@@ -78,7 +78,7 @@ def run(name: str, seed: int, steps: int, rate: float, keep: str) -> dict[str, A
     fitted = sd.fit(
         plan,
         loss,
-        learn=LEARN,
+        learn=learn,
         n_steps=steps,
         optimizer=optax.adam(rate),
         refresh_every=10,
@@ -104,13 +104,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--learn", nargs="+", default=LEARN)
     parser.add_argument("--keep", default="graph", choices=["graph", "halves"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     everything = {}
     for name in args.data:
-        found = [run(name, seed, args.steps, args.rate, args.keep) for seed in args.seeds]
+        found = [run(name, seed, args.steps, args.rate, args.keep, args.learn) for seed in args.seeds]
         everything[name] = found
         print(f"\n{name}: mixing, neighbours' vote, best ARI, overall, ARI of k-means")
         for method in ("frozen", "joint fit"):

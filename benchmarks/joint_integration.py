@@ -5,9 +5,10 @@
 The loss is mixing of the batches after Harmony (`batch_mixing`) with what must be kept: soft clusters must still follow
 the neighbour graph within each batch, that of the unfitted components (`modularity`). A fifth of the cells chooses.
 Learned are Harmony's theta, sigma and ridge; `--learn highly_variable_genes.shift pca.scale harmony` learns gene
-weights and scales of components too. Frozen are the same steps with their defaults. Both are judged as `integrate.py` does: mixing, votes of 15 neighbours for the label, best ARI of six
-Leiden resolutions, .4 mixing + .6 conservation; and by the adjusted Rand index of the k-means clusters, of which there
-are as many as labels. With `--keep halves` what must be kept is that two halves of a cell's molecules find each other.
+weights and scales of components too. Frozen are the same steps with their defaults. Both are judged as `integrate.py`
+does: mixing, votes of 15 neighbours for the label, best ARI of six Leiden resolutions, .4 mixing + .6 conservation; and
+by the adjusted Rand index of the k-means clusters, of which there are as many as labels. With `--keep halves` what must
+be kept is that two halves of a cell's molecules find each other.
 """
 
 from __future__ import annotations

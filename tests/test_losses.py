@@ -25,6 +25,12 @@ def test_order_losses_rank_right_noisy_and_reversed(term):
     assert right < rough < wrong
 
 
+@pytest.mark.parametrize("term", [Correlation(output="t"), TimeOrder(output="t")])
+def test_whole_numbers_are_targets_like_others(term):
+    """Days are often stored as integers."""
+    assert float(term(noisy(60.0), TIME.astype(jnp.int32), ALL)) == pytest.approx(float(term(noisy(60.0), TIME, ALL)))
+
+
 def test_correlation_is_one_minus_pearson():
     expected = 1 - np.corrcoef(noisy(60.0), TIME)[0, 1]
     assert float(Correlation(output="t")(noisy(60.0), TIME, ALL)) == pytest.approx(expected, abs=1e-5)

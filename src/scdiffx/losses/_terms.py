@@ -38,6 +38,7 @@ def masked_mean(x: Array, keep: Array) -> Array:
 
 def _finite(value: Array, target: Array, keep: Array) -> tuple[Array, Array, Array]:
     """Both with harmless numbers where they are not finite, and the mask without those cells."""
+    target = jnp.asarray(target, value.dtype)
     keep = keep & jnp.isfinite(value) & jnp.isfinite(target)
     return jnp.where(keep, value, 0), jnp.where(keep, target, 0), keep
 

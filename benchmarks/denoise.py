@@ -94,7 +94,16 @@ def joint(adata: ad.AnnData, steps: int, rate: float, learn: list[str]) -> tuple
     workflow(plan)
     loss = sd.losses.molecular_cross_validation("magic", "choose")
     fitted = sd.fit(
-        plan, loss, learn=learn, n_steps=steps, optimizer=optax.adam(rate), refresh_every=20, progress=False
+        plan,
+        loss,
+        learn=learn,
+        n_steps=steps,
+        optimizer=optax.adam(rate),
+        refresh_every=20,
+        # All cells take part: what is held out are molecules.
+        holdout=None,
+        test=sd.losses.molecular_cross_validation("magic", "test"),
+        progress=False,
     )
     return fitted, fitted.apply(adata, copy=True).layers["magic"]
 

@@ -630,6 +630,14 @@ CASES = [
         slow=True,
     ),
     Case(
+        "mask_counts",
+        "pp.mask_counts",
+        "counts",
+        {"layers/shown": "float32", "layers/hidden": "float32"},
+        matrix=True,
+        counts=True,
+    ),
+    Case(
         "split_counts",
         "pp.split_counts",
         "counts",
@@ -978,7 +986,7 @@ def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
 def test_every_public_function_has_a_case() -> None:
     public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
     # Two return new cells, two take a plan only, two are a model and make one: they have tests of their own.
-    apart = {"tl.simulate", "tl.ot_interpolate", "tl.uncertainty", "tl.influence"}
+    apart = {"pp.replicates", "tl.simulate", "tl.ot_interpolate", "tl.uncertainty", "tl.influence"}
     apart |= {"tl.annotation_model", "tl.AnnotationModel"}
     assert public - apart == set(FUNCTIONS)
 
@@ -1201,7 +1209,7 @@ def test_empty_data_are_refused(case: Case, axis: str) -> None:
 @each(CASES)
 def test_one_cell_is_refused_or_has_a_finite_result(case: Case) -> None:
     adata = source(case.source)[:1].copy()
-    if case.function in ("pp.normalize_total", "pp.log1p", "pp.scale", "pp.split_counts"):
+    if case.function in ("pp.normalize_total", "pp.log1p", "pp.scale", "pp.split_counts", "pp.mask_counts"):
         call(case, adata)
         matrix = adata.X.toarray() if sp.issparse(adata.X) else adata.X
         assert np.isfinite(matrix).all()

@@ -831,6 +831,39 @@ def test_permuting_the_cells_permutes_the_results(case: Case) -> None:
         np.testing.assert_allclose(b, expected, rtol=1e-6, atol=1e-8 * float(jnp.abs(a).max()))
 
 
+# Operators that look at one cell at a time, once they are initialised: minibatches of a fit rest on it.
+BY_CELL = {
+    "cell_weights",
+    "denoise",
+    "log1p",
+    "logistic_annotation",
+    "mmd_integrate",
+    "normalize_total",
+    "parametric_umap",
+    "pca_anchored",
+    "scale",
+    "vae_nb",
+    "wgan_integrate",
+}
+
+
+@in_double
+@each([case for case in CASES if case.name in BY_CELL])
+def test_a_cell_has_the_same_result_without_the_others(case: Case) -> None:
+    op, args = ready(case.name)
+    assert op.by_cell
+    few = np.arange(0, CELLS, 3)
+    some = case.value(op(*case.inputs(data(few))))
+    for a, b in zip(compiled(case.name)(op, args), jax.tree.leaves(some), strict=True):
+        if a.ndim and a.shape[0] == CELLS:
+            np.testing.assert_allclose(b, np.asarray(a)[few], rtol=1e-6, atol=1e-8 * float(jnp.abs(a).max()))
+
+
+def test_no_other_operator_claims_to_look_at_one_cell_at_a_time() -> None:
+    claimed = {type(case.op()) for case in CASES if hasattr(type(case.op()), "by_cell")}
+    assert claimed == {type(case.op()) for case in CASES if case.name in BY_CELL}
+
+
 @functools.cache
 def shuffled_data() -> Data:
     return data(np.random.default_rng(0).permutation(CELLS))

@@ -237,6 +237,37 @@ def test_gradient_flow_names_dead_parameters(data):
     assert flow.exploding == []
     assert list(flow.steps) == ["highly_variable_genes", "pca", "neighbors", "pseudotime"]
     assert all(size > 0 for size in flow.steps.values())
+    assert all(cosine > 0.9999 for cosine in flow.cosine.values()), flow.cosine
+    assert all(error < 0.01 for error in flow.error.values()), flow.error
     # The loss stops at the weights: nothing behind them can be reached.
-    dead = sd.metrics.gradient_flow(plan, sd.losses.l1("gene_weight")).dead
-    assert set(dead) == {"pca.shift", "pca.scale", "neighbors.bandwidth"}
+    flow = sd.metrics.gradient_flow(plan, sd.losses.l1("gene_weight"), n_directions=1)
+    assert set(flow.dead) == {"pca.shift", "pca.scale", "neighbors.bandwidth"}
+    assert all(np.isnan(flow.cosine[name]) for name in flow.dead)
+
+
+def test_gradient_flow_tells_right_derivatives_from_wrong_ones(data, monkeypatch):
+    from scdiffx import ops
+
+    plan = sd.plan(data)
+    sd.pp.pca(plan, n_comps=3)
+    loss = sd.losses.cross_entropy("X_pca", "label")
+    flow = sd.metrics.gradient_flow(plan, loss)
+    assert flow.cosine["pca.shift"] > 0.9999
+    assert flow.error["pca.shift"] < 1e-4
+    right = ops.PCA.__call__
+
+    def wrong(self, *args):
+        import jax
+
+        # Half of the derivative by way of the scores is lost.
+        result = right(self, *args)
+        return result._replace(scores=0.5 * result.scores + 0.5 * jax.lax.stop_gradient(result.scores))
+
+    monkeypatch.setattr(ops.PCA, "__call__", wrong)
+    flow = sd.metrics.gradient_flow(plan, loss)
+    assert flow.error["pca.shift"] == pytest.approx(0.5, abs=1e-3)
+    assert sd.metrics.gradient_flow(plan, loss, n_directions=0).cosine == {}
+    with pytest.raises(ValueError, match="n_directions"):
+        sd.metrics.gradient_flow(plan, loss, n_directions=-1)
+    with pytest.raises(ValueError, match="step"):
+        sd.metrics.gradient_flow(plan, loss, step=0)

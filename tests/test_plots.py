@@ -269,6 +269,26 @@ def test_fit_without_holdout_chooses_on_the_training_cells() -> None:
     assert ax.get_title().startswith("defaults kept\nloss of the training cells")
 
 
+def test_gradients_draws_steps_and_parameters_and_names_the_dead() -> None:
+    flow = sd.metrics.GradientFlow(
+        steps={"pca": 2.0, "neighbors": 0.5},
+        parameters={"pca.shift": 0.3, "pca.scale": 0.0, "neighbors.bandwidth": np.inf},
+        dead=["pca.scale"],
+        exploding=["neighbors.bandwidth"],
+        loss=0.25,
+        cosine={"pca.shift": 0.9999, "pca.scale": np.nan, "neighbors.bandwidth": np.nan},
+        error={"pca.shift": 1e-6, "pca.scale": np.nan, "neighbors.bandwidth": np.nan},
+    )
+    ax = sd.pl.gradients(flow, show=False)
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    assert names == ["pca", "neighbors", "pca.shift", "pca.scale", "neighbors.bandwidth"]
+    ends = [bar.get_x() + bar.get_width() for bar in ax.patches]
+    np.testing.assert_allclose(ends[:3], [2.0, 0.5, 0.3])
+    assert [t.get_text() for t in ax.texts] == ["", "", "cosine 1.000", "dead", "exploding"]
+    assert ax.get_xscale() == "log"
+    assert inside(ax)
+
+
 def scored(*, batches: bool = False) -> ad.AnnData:
     rng = np.random.default_rng(0)
     adata = ad.AnnData(np.zeros((300, 2), np.float32))

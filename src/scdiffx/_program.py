@@ -33,19 +33,23 @@ class Program:
     learned: list[str]
     active: list[int]
     frozen: dict[Slot, Any]
+    dtype: Any = jnp.float32
 
     @classmethod
-    def build(cls, plan: Plan, learn: str | Iterable[str] | None = None) -> Program:
-        """Run the plan once. Only what follows a learned parameter is evaluated later; the rest is frozen."""
+    def build(cls, plan: Plan, learn: str | Iterable[str] | None = None, dtype: Any = jnp.float32) -> Program:
+        """Run the plan once. Only what follows a learned parameter is evaluated later; the rest is frozen.
+
+        In double precision, call this and all that follows inside of ``jax.enable_x64(True)``.
+        """
         if not plan.steps:
             raise ValueError("the plan is empty: call functions of `sd.pp` and `sd.tl` on it first")
         ops, inputs, values = plan.run()
-        ops = [_cast(op, jnp.float32) for op in ops]
+        ops = [_cast(op, dtype) for op in ops]
         learned = select(parameter_names(plan, ops), learn)
         if not learned:
             raise ValueError("nothing to learn: no step of the plan has a learnable parameter")
         active = _active(plan, learned)
-        return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values))
+        return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values, dtype), dtype)
 
     @classmethod
     def between(
@@ -107,7 +111,7 @@ class Program:
             i, field = self.find(name)
             to_real = learnables(self.ops[i])[field].to_real
             value = getattr(self.ops[i], field)
-            params[name] = jax.tree.map(lambda v, to_real=to_real: to_real(jnp.asarray(v, jnp.float32)), value)
+            params[name] = jax.tree.map(lambda v, to_real=to_real: to_real(jnp.asarray(v, self.dtype)), value)
         return params
 
     def find(self, name: str) -> tuple[int, str]:

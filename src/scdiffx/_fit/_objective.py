@@ -101,7 +101,7 @@ def _graph_of(term: Any) -> Connectivities | None:
 def labels_of(loss: Loss, adata: Any) -> tuple[Any, np.ndarray] | None:
     """The first term that compares with a column of obs, and the column as read (NaN or -1: unknown)."""
     for _, term in loss.terms:
-        of_column = not (getattr(term, "of_graph", False) or getattr(term, "of_matrix", False))
+        of_column = not any(getattr(term, kind, False) for kind in ("of_graph", "of_matrix", "of_pairs"))
         if of_column and term.target is not None and Obs(term.target).exists(adata):
             return term, np.asarray(Obs(term.target).read(adata))
     return None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scdiffx._fit._objective import labels_of
+from scdiffx._slots import Obs
 from scdiffx.losses import Loss
 
 __all__ = ["Split", "three_ways"]
@@ -28,11 +29,11 @@ def three_ways(adata: Any, loss: Loss, holdout: Any, test: Any, seed: int) -> Sp
     if len(masks) == 2 and (masks[0] & masks[1]).any():
         raise ValueError(f"holdout and test share {(masks[0] & masks[1]).sum()} cells: no cell can be in both")
     free = ~np.any(masks, axis=0) if masks else np.ones(adata.n_obs, bool)
-    groups = _groups(loss, adata)
+    unit, groups = _units(loss, adata), _groups(loss, adata)
     found: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, float):
-            value = _drawn(free, groups, value * adata.n_obs / max(free.sum(), 1), rng)
+            value = _drawn(free, groups, unit, value * adata.n_obs / max(free.sum(), 1), rng)
             if not value.any():
                 raise ValueError(f"{name}={given[name]!r} of {adata.n_obs} cells is less than one cell")
             free = free & ~value
@@ -61,6 +62,15 @@ def _given(adata: Any, name: str, value: Any) -> np.ndarray | Loss | float | Non
     return mask
 
 
+def _units(loss: Loss, adata: Any) -> np.ndarray:
+    """A number for each cell, the same for cells that belong together and must not be parted."""
+    for _, term in loss.terms:
+        if getattr(term, "of_pairs", False) and Obs(term.target).exists(adata):
+            codes = np.asarray(Obs(term.target, codes=True).read(adata))
+            return np.where(codes < 0, codes.max() + 1 + np.arange(len(codes)), codes)
+    return np.arange(adata.n_obs)
+
+
 def _groups(loss: Loss, adata: Any) -> np.ndarray:
     """A number for each cell: its label where there are labels, whether it has a value where there are numbers."""
     found = labels_of(loss, adata)
@@ -70,12 +80,13 @@ def _groups(loss: Loss, adata: Any) -> np.ndarray:
     return values.astype(int) if values.dtype.kind in "iu" else np.isfinite(values).astype(int)
 
 
-def _drawn(free: np.ndarray, groups: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+def _drawn(
+    free: np.ndarray, groups: np.ndarray, unit: np.ndarray, share: float, rng: np.random.Generator
+) -> np.ndarray:
     """About that share of the free cells, of each group as of all."""
-    order = rng.permutation(np.flatnonzero(free))
-    order = order[np.argsort(groups[order], kind="stable")]
-    # One cell in 1/share, counted through the groups from a random start.
-    reached = np.floor(np.arange(len(order) + 1) * share + rng.random())
-    mask = np.zeros(len(free), bool)
-    mask[order[np.diff(reached) > 0]] = True
-    return mask
+    cells = np.flatnonzero(free)
+    cells = rng.permutation(cells[np.unique(unit[cells], return_index=True)[1]])
+    cells = cells[np.argsort(groups[cells], kind="stable")]
+    # One in 1/share, counted through the groups from a random start.
+    reached = np.floor(np.arange(len(cells) + 1) * share + rng.random())
+    return free & np.isin(unit, unit[cells[np.diff(reached) > 0]])

@@ -94,9 +94,9 @@ class Run:
             found[name] = objective.value(values, part, own)
         return found["train"], found
 
-    def tapped_loss(self, params: Params, taps: Any) -> Any:
+    def judged_with(self, params: Params, taps: Any, ops: list[Any], frozen: Any, given: Parts) -> Any:
         """The training loss with `taps` added to the outputs of the steps."""
-        return self._losses(params, self.program.ops, self.program.frozen, {"train": self.given["train"]}, taps)[0]
+        return self._losses(params, ops, frozen, given, taps)[0]
 
     def refreshed(self, program: Program, params: Params, given: Parts) -> tuple[Program, Parts]:
         """The program and the parts with discrete structure found anew."""

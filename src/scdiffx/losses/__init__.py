@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scdiffx.losses._groups import BatchMixing, Compactness, Entropy, Modularity
+from scdiffx.losses._label_free import Budget, MaskedReconstruction, ReplicateConsistency
 from scdiffx.losses._terms import (
     L1,
     SCALES,
@@ -27,14 +28,17 @@ from scdiffx.losses._terms import (
 __all__ = [
     "Loss",
     "batch_mixing",
+    "budget",
     "compactness",
     "correlation",
     "cross_entropy",
     "entropy",
     "l1",
+    "masked_reconstruction",
     "modularity",
     "molecular_cross_validation",
     "reconstruction",
+    "replicate_consistency",
     "time_order",
 ]
 
@@ -117,6 +121,23 @@ def l1(output: str) -> Loss:
     return Loss(((1.0, L1(output=output)),))
 
 
+def budget(output: str, size: float) -> Loss:
+    """How far an output exceeds a budget: the square of ``sum(|value|) / size - 1`` where that is positive, else 0.
+
+    With gene weights, about `size` genes remain in use, which ones is left to the other terms.
+
+    Parameters
+    ----------
+    output
+        Key of a numeric output, such as "gene_weight".
+    size
+        What the absolute values may sum to; greater than 0.
+    """
+    if not size > 0:
+        raise ValueError(f"size={size!r} must be greater than 0")
+    return Loss(((1.0, Budget(output=output, size=float(size))),))
+
+
 def reconstruction(output: str, layer: str | None = None) -> Loss:
     """Mean squared difference between a matrix that the plan computes and one of the AnnData.
 
@@ -154,6 +175,59 @@ def molecular_cross_validation(output: str, layer: str, *, scale: str = "linear"
         raise ValueError(f"background={background!r} must lie between 0 and 1")
     term = MolecularCrossValidation(output=output, target=layer, scale=scale, background=float(background))
     return Loss(((1.0, term),))
+
+
+def masked_reconstruction(
+    output: str, layer: str = "hidden", *, scale: str = "linear", background: float = 0.01
+) -> Loss:
+    """How well entries that a plan was not shown are predicted from those that it was (Batson and Royer 2019).
+
+    The deviance, per molecule, of a multinomial model for the hidden entries of each cell given their total: what
+    counts are the shares of the hidden genes among each other. The plan must read what is shown:
+    :func:`scdiffx.pp.mask_counts` makes both layers. A prediction that is the same for all cells gains nothing.
+
+    Parameters
+    ----------
+    output
+        Name of a layer that the plan writes (cells, genes), such as "magic".
+    layer
+        Sparse layer whose stored entries, zeros too, are those that are hidden.
+    scale
+        What the output is: "linear" (proportional to expression), "sqrt" or "log1p" of that.
+    background
+        Share of the genes' means that is mixed in, in (0, 1).
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is not available. Available: {list(SCALES)}")
+    if not 0 < background < 1:
+        raise ValueError(f"background={background!r} must lie between 0 and 1")
+    term = MaskedReconstruction(output=output, target=layer, scale=scale, background=float(background))
+    return Loss(((1.0, term),))
+
+
+def replicate_consistency(output: str, pairs: str = "replicate_of", *, n_neighbors: int = 15) -> Loss:
+    """How hard it is to tell a cell's other half from other cells: 0 where it is nearest by far, 1 or more by chance.
+
+    For cells measured twice (:func:`scdiffx.pp.replicates`): minus the logarithm of the weight of a cell's other half
+    among it, the `n_neighbors` nearest and as many random cells of that half, relative to that of equal weights. A
+    weight is ``1 / (1 + d / s)`` of the squared distance, with `s` a hundredth of the nearest cells'. So the size of
+    the embedding does not matter; cells that are all in one place have a loss of 1, and noise a little more. Near cells
+    are looked up anew at every refresh of a fit; random splits of a fit keep both halves together.
+
+    Both halves share whatever is not counting noise, batch effects among it: a workflow that keeps these is rewarded.
+
+    Parameters
+    ----------
+    output
+        Key of an array with one row per cell, such as "X_pca".
+    pairs
+        Column of obs that is the same for two cells, those that belong together; others do not count.
+    n_neighbors
+        Near cells to tell the other half from.
+    """
+    if n_neighbors < 1:
+        raise ValueError(f"n_neighbors={n_neighbors!r} must be at least 1")
+    return Loss(((1.0, ReplicateConsistency(output=output, target=pairs, n_neighbors=n_neighbors)),))
 
 
 def batch_mixing(output: str, batch: str, *, n_neighbors: int = 90) -> Loss:

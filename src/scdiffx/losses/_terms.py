@@ -22,6 +22,7 @@ __all__ = [
     "TimeOrder",
     "masked_mean",
     "proportions",
+    "same_shape",
 ]
 
 # Each cell is compared with this many others: enough for a stable order, linear in cells.
@@ -166,7 +167,7 @@ class L1:
         return jnp.abs(value).mean()
 
 
-def _same_shape(value: Array, target: Any, output: str) -> None:
+def same_shape(value: Array, target: Any, output: str) -> None:
     if value.ndim != 2 or value.shape != tuple(target.shape):
         raise ValueError(f"{output!r} has shape {value.shape}, its target {tuple(target.shape)}: they must be equal")
 
@@ -180,7 +181,7 @@ class Reconstruction:
     target: str | None = static(default=None)
 
     def __call__(self, value: Float[Array, "cells genes"], target: Matrix, keep: Bool[Array, " cells"]) -> Array:
-        _same_shape(value, target, self.output)
+        same_shape(value, target, self.output)
         if isinstance(target, Counts):
             there = values_at(target, value)
             errors = (value**2).sum(1) + row_sums(target.with_data((there - target.data) ** 2 - there**2))
@@ -200,7 +201,7 @@ class MolecularCrossValidation:
     background: float = static(default=0.01)
 
     def __call__(self, value: Float[Array, "cells genes"], target: Matrix, keep: Bool[Array, " cells"]) -> Array:
-        _same_shape(value, target, self.output)
+        same_shape(value, target, self.output)
         share = proportions(value, keep, self.scale, self.background)
         size = row_sums(target)
         if isinstance(target, Counts):

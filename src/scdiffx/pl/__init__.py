@@ -7,6 +7,7 @@ from scdiffx.pl._attribution import attribution
 from scdiffx.pl._doublets import doublets
 from scdiffx.pl._fate_probabilities import fate_probabilities
 from scdiffx.pl._fit import fit
+from scdiffx.pl._gradients import gradients
 from scdiffx.pl._grn import grn
 from scdiffx.pl._ligrec import ligrec
 from scdiffx.pl._ot_flow import ot_flow
@@ -23,6 +24,7 @@ __all__ = [
     "doublets",
     "fate_probabilities",
     "fit",
+    "gradients",
     "grn",
     "ligrec",
     "ot_flow",

@@ -21,8 +21,8 @@ def fit(fitted: Fitted, *, ax: Axes | None = None, show: bool | None = None) -> 
     One curve for the training cells and one for the held-out cells, each with the level of the defaults as a dashed
     line of its colour. The point marks the step whose parameters were chosen: the lowest held-out loss, or the lowest
     training loss without held-out cells. The title says whether these parameters were adopted, and gives the loss
-    before and after on the cells that decide. Both are computed with fresh structure, so the second can differ a little
-    from the point.
+    before and after on the cells that decide and, where there are such, on the test cells. Both are computed with fresh
+    structure, so the second can differ a little from the point.
 
     Parameters
     ----------
@@ -65,9 +65,10 @@ def fit(fitted: Fitted, *, ax: Axes | None = None, show: bool | None = None) -> 
     )
     before, after = (fitted.losses[f"{decides}_{when}"] for when in ("before", "after"))
     verdict = "fitted parameters adopted" if fitted.adopted else "defaults kept"
-    ax.set_title(
-        f"{verdict}\nloss of the {_CURVES[decides][0]}: {before:.4g} before, {after:.4g} after", fontsize="medium"
-    )
+    title = f"{verdict}\nloss of the {_CURVES[decides][0]}: {before:.4g} before, {after:.4g} after"
+    if "test_before" in fitted.losses:
+        title += f"; of the test cells: {fitted.losses['test_before']:.4g}, {fitted.losses['test_after']:.4g}"
+    ax.set_title(title, fontsize="medium")
     ax.set_xlabel("step")
     ax.set_ylabel("loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,9 +7,11 @@ from scdiffx.pp._harmony import harmony_integrate
 from scdiffx.pp._highly_variable import highly_variable_genes
 from scdiffx.pp._integrate import mmd_integrate, wgan_integrate
 from scdiffx.pp._magic import magic
+from scdiffx.pp._mask_counts import mask_counts
 from scdiffx.pp._neighbors import neighbors
 from scdiffx.pp._normalize import log1p, normalize_total, scale
 from scdiffx.pp._pca import pca
+from scdiffx.pp._replicates import replicates
 from scdiffx.pp._scrublet import scrublet
 from scdiffx.pp._solo import solo
 from scdiffx.pp._split_counts import split_counts
@@ -22,11 +24,13 @@ __all__ = [
     "highly_variable_genes",
     "log1p",
     "magic",
+    "mask_counts",
     "mmd_integrate",
     "neighbors",
     "normalize_total",
     "pca",
     "remove_ambient",
+    "replicates",
     "scale",
     "scrublet",
     "solo",

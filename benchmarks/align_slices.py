@@ -1,7 +1,9 @@
 """Slices of tissue brought together: known motions, objectives beside POT's, and large slices.
 
     python benchmarks/align_slices.py truth [--pot PYTHON] [--draws 3]
-    python benchmarks/align_slices.py overlap [--draws 3]
+    python benchmarks/align_slices.py overlap [--draws 3] [--molecules 1] [--shares .8 .7 .5]
+    python benchmarks/align_slices.py partial --pot PYTHON [--share 0.7]
+    python benchmarks/align_slices.py center [--draws 3] [--molecules 1]
     python benchmarks/align_slices.py pairs [--pot PYTHON] [--epsilon 0.002]
     python benchmarks/align_slices.py size [--spots 20000]
 
@@ -10,7 +12,10 @@ counts thinned. They are aligned onto the slice that they are of: median distanc
 distances, and error of the rotation in degrees, over all draws the mean and the largest. Beside it stand "expression":
 each spot with the most similar profile (the same divergence), then Procrustes; and POT's coupling of the same costs,
 with the same Procrustes, where a Python in which POT runs is given.
-"overlap": the same, but what is turned is not a random part: spots beyond a line are missing. Overlap is not modelled.
+"overlap": the same, but what is turned is not a random part: spots beyond a line are missing. With `overlap` left at 1,
+at what it is, and a tenth off to either side.
+"partial": consecutive slices, of which `--share` is coupled, the objective beside POT's on the same costs.
+"center": each slice four times, turned and thinned anew, aligned as a chain and onto a centre.
 "pairs": consecutive slices, the objective beside POT's on the same costs.
 "size": two slices with this many spots, made of a slice by putting spots at random between those that there are, mixing
 the neighbours' expected counts, and drawing molecules; the second is a new draw, turned. Seconds and the peak of memory
@@ -24,6 +29,7 @@ import resource
 import subprocess
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +47,16 @@ ALPHA = 0.1
 POT = """
 import sys, numpy as np, ot
 with np.load(sys.argv[1]) as f:
-    plan, log = ot.gromov.fused_gromov_wasserstein(f["m"], f["c"], f["d"], alpha=float(f["alpha"]), log=True)
-np.savez(sys.argv[2], plan=plan, objective=log["fgw_dist"])
+    given, alpha, share = (f["m"], f["c"], f["d"]), float(f["alpha"]), float(f["share"])
+if share == 1:
+    plan, log = ot.gromov.fused_gromov_wasserstein(*given, alpha=alpha, log=True)
+    objective = log["fgw_dist"]
+else:
+    plan = ot.gromov.partial_fused_gromov_wasserstein(*given, alpha=alpha, m=share, tol=1e-12)
+    (m, c, d), p, q = given, plan.sum(1), plan.sum(0)
+    geometry = p @ c**2 @ p + q @ d**2 @ q - 2 * ((c @ plan @ d) * plan).sum()
+    objective = (1 - alpha) * (m * plan).sum() + alpha * geometry
+np.savez(sys.argv[2], plan=plan, objective=objective)
 """
 
 
@@ -69,10 +83,10 @@ def value(m: np.ndarray, c: np.ndarray, d: np.ndarray, plan: np.ndarray) -> floa
     return float((1 - ALPHA) * (m * plan).sum() + ALPHA * geometry)
 
 
-def pot(python: str, m: np.ndarray, c: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, float]:
+def pot(python: str, m: np.ndarray, c: np.ndarray, d: np.ndarray, share: float = 1.0) -> tuple[np.ndarray, float]:
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "in.npz", Path(folder) / "out.npz"
-        np.savez(given, m=m, c=c, d=d, alpha=ALPHA)
+        np.savez(given, m=m, c=c, d=d, alpha=ALPHA, share=share)
         subprocess.run([python, "-c", POT, str(given), str(found)], check=True)
         with np.load(found) as file:
             return file["plan"], float(file["objective"])
@@ -139,25 +153,67 @@ def truth(python: str | None, draws: int) -> None:
         print(f"seconds of a later call: {seconds.median():.2f}")
 
 
-def overlap(draws: int) -> None:
+def overlap(draws: int, molecules: float, shares: list[float]) -> None:
     adata = ad.read_h5ad(DATA)
     rows = []
-    for name in adata.obs["slice"].unique():
+    for number, name in enumerate(adata.obs["slice"].unique()):
         one = adata[adata.obs["slice"] == name]
-        a, x = one.X.toarray(), np.asarray(one.obsm["spatial"], np.float64)
+        a, x = one.X.toarray().astype(int), np.asarray(one.obsm["spatial"], np.float64)
         for seed in range(draws):
-            rng = np.random.default_rng(seed)
+            rng = np.random.default_rng([seed, number])
             degrees, side = rng.uniform(0, 360, 2)
+            b = rng.binomial(a, molecules)
             along = x @ turn(float(side))[0]
-            for share in (1.0, 0.9, 0.8, 0.6):
+            for share in shares:
                 kept = np.flatnonzero(along <= np.quantile(along, share))
-                both = joined(x, x[kept] @ turn(degrees).T, a, a[kept])
-                sd.tl.align_slices(both, "slice")
-                aligned = both.obsm["spatial_aligned"][len(x) :]
-                rotation = both.uns["align_slices"]["rotation"][1]
-                rows.append((share, *errors(rotation, aligned, x[kept], degrees, spacing(x))))
-    table = pd.DataFrame(rows, columns=["share of the slice", "median error", "degrees"])
-    print(table.groupby("share of the slice").agg(["mean", "max"]).round(2).to_string())
+                both = joined(x, x[kept] @ turn(degrees).T + [5, 9], a, b[kept])
+                for off in (None, 0, -0.1, 0.1):
+                    given = 1.0 if off is None else round(share + off, 2)
+                    sd.tl.align_slices(both, "slice", overlap=given)
+                    aligned = both.obsm["spatial_aligned"][len(x) :]
+                    rotation = both.uns["align_slices"]["rotation"][1]
+                    label = "1 (whole)" if off is None else f"truth {off:+.1f}" if off else "truth"
+                    rows.append((share, label, *errors(rotation, aligned, x[kept], degrees, spacing(x))))
+                    print(name, *rows[-1], flush=True)
+    table = pd.DataFrame(rows, columns=["share of the slice", "overlap", "median error", "degrees"])
+    table = table.groupby(["share of the slice", "overlap"], sort=False)
+    print(table.agg(["median", "mean", "max"]).round(2).to_string())
+
+
+def partial(python: str, overlap: float) -> None:
+    adata = ad.read_h5ad(DATA)
+    parts = [adata[adata.obs["slice"] == name] for name in adata.obs["slice"].unique()]
+    for k, (one, two) in enumerate(pairwise(parts)):
+        given = (one.obsm["spatial"], two.obsm["spatial"], one.X.toarray(), two.X.toarray())
+        both = joined(*given)
+        sd.tl.align_slices(both, "slice", overlap=overlap)
+        ours = float(both.uns["align_slices"]["objective"][0])
+        _, theirs = pot(python, *costs(*given), overlap)
+        print(f"slices {k + 1}, {k + 2}: {ours:.6f}, POT {theirs:.6f}, ratio less 1: {ours / theirs - 1:.1e}")
+
+
+def center(draws: int, molecules: float) -> None:
+    adata = ad.read_h5ad(DATA)
+    rows = []
+    for number, name in enumerate(adata.obs["slice"].unique()):
+        one = adata[adata.obs["slice"] == name]
+        a, x = one.X.toarray().astype(int), np.asarray(one.obsm["spatial"], np.float64)
+        for seed in range(draws):
+            rng = np.random.default_rng([seed, number])
+            degrees = [0.0, *rng.uniform(0, 360, 3)]
+            counts = np.concatenate([rng.binomial(a, molecules) for _ in degrees])
+            four = ad.AnnData(sp.csr_matrix(counts, dtype=np.float32))
+            four.obsm["spatial"] = np.concatenate([x @ turn(t).T for t in degrees])
+            four.obs["slice"] = pd.Categorical(np.repeat(list("abcd"), len(x)))
+            for reference in (None, "center"):
+                sd.tl.align_slices(four, "slice", reference=reference)
+                turns, at = four.uns["align_slices"]["rotation"], np.split(four.obsm["spatial_aligned"], 4)
+                label = "chain" if reference is None else "centre"
+                # Where the first lies is the system of coordinates, of the centre too.
+                rows += [(label, *errors(turns[k], at[k], x, degrees[k], spacing(x))) for k in (1, 2, 3)]
+                print(name, rows[-3:], flush=True)
+    table = pd.DataFrame(rows, columns=["onto", "median error", "degrees"]).groupby("onto", sort=False)
+    print(table.agg(["mean", "max"]).round(4).to_string())
 
 
 def pairs(python: str | None, epsilon: float) -> None:
@@ -223,16 +279,23 @@ def size(spots: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["truth", "overlap", "pairs", "size"])
+    parser.add_argument("what", choices=["truth", "overlap", "partial", "center", "pairs", "size"])
     parser.add_argument("--pot")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--epsilon", type=float, default=0.002)
     parser.add_argument("--spots", type=int, default=20_000)
+    parser.add_argument("--molecules", type=float, default=1.0)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.7, 0.5])
+    parser.add_argument("--share", type=float, default=0.7)
     args = parser.parse_args()
     if args.what == "truth":
         truth(args.pot, args.draws)
     elif args.what == "overlap":
-        overlap(args.draws)
+        overlap(args.draws, args.molecules, args.shares)
+    elif args.what == "partial":
+        partial(args.pot, args.share)
+    elif args.what == "center":
+        center(args.draws, args.molecules)
     elif args.what == "pairs":
         pairs(args.pot, args.epsilon)
     else:

@@ -1,4 +1,4 @@
-"""Record POT's coupling of two real slices: tests/ops/align_slices_pot.npz, for ops/test_align_slices.py.
+"""Record POT's couplings of two real slices, of all and of a part: tests/ops/align_slices_pot.npz.
 
 PYTHON tests/record_paste.py paste_breast.h5ad, by a Python in which POT runs. The file also holds the input: the spots
 in the middle of two sections of the breast cancer that PASTE comes with (BSD licence), and their most frequent genes.
@@ -13,7 +13,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
-SPOTS, GENES, ALPHA = (64, 56), 150, 0.1
+SPOTS, GENES, ALPHA, SHARE = (64, 56), 150, 0.1, 0.7
 
 
 def main() -> None:
@@ -37,12 +37,16 @@ def main() -> None:
     plan, log = ot.gromov.fused_gromov_wasserstein(
         cost, squared[0] / scale, squared[1] / scale, alpha=ALPHA, log=True, tol_rel=1e-12, tol_abs=1e-12
     )
+    part = ot.gromov.partial_fused_gromov_wasserstein(
+        cost, squared[0] / scale, squared[1] / scale, alpha=ALPHA, m=SHARE, tol=1e-12
+    )
     np.savez_compressed(
         Path(__file__).parent / "ops" / "align_slices_pot.npz",
         counts=np.concatenate(counts).astype(np.uint16),
         spatial=np.concatenate(spots),
         plan=plan.astype(np.float32),
         objective=log["fgw_dist"],
+        part=part.astype(np.float32),
         scale=scale,
     )
 

@@ -86,6 +86,21 @@ def ligrec_keys(key: str) -> dict[str, str]:
     return {f"uns/{key}": "DataFrame", path: "mapping"} | {f"{path}/{name}": kind for name, kind in settings.items()}
 
 
+def communication_keys(key: str) -> dict[str, str]:
+    settings = {"method": "str", "neighbors": "bool", "groupby": "str", "batch_key": "str"}
+    settings |= dict.fromkeys(("n_genes", "n_programs", "n_perms", "random_state", "interactions"), "int")
+    scores = {f"{name}/{model}": "float" for name in ("r2", "r2_test") for model in ("own", "types", "linear")}
+    path = f"uns/{key}_params"
+    return {
+        f"obsm/X_{key}": "float32",
+        f"uns/{key}": "DataFrame",
+        f"uns/{key}_groups": "DataFrame",
+        path: "mapping",
+        **{f"{path}/{name}": "mapping" for name in ("r2", "r2_test")},
+        **{f"{path}/{name}": kind for name, kind in (settings | scores).items()},
+    }
+
+
 def leiden_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -167,16 +182,19 @@ def kmeans_keys(key: str) -> dict[str, str]:
     }
 
 
-def domain_keys(key: str) -> dict[str, str]:
+def domain_keys(key: str, found: dict[str, str] | None = None) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
         f"obsm/X_{key}": "float32",
         f"obsm/{key}_probabilities": "float32",
         f"uns/{key}": "mapping",
         f"uns/{key}/params": "mapping",
-        f"uns/{key}/hops": "float",
         f"uns/{key}/log_likelihood": "float",
+        **{f"uns/{key}/{name}": kind for name, kind in (found or {"hops": "float"}).items()},
     }
+
+
+NETWORK = {"held_out_error": "float", "history": "mapping", "history/train": "float64", "history/validation": "float64"}
 
 
 def annotation_keys(key: str) -> dict[str, str]:
@@ -779,6 +797,15 @@ CASES = [
         {"n_domains": 3, "hops": 2, "n_init": 2, "n_neighbors": 3, "batch_key": "batch"},
         keyed=domain_keys("mine"),
     ),
+    Case(
+        "spatial_domains_gat",
+        "tl.spatial_domains",
+        "placed",
+        domain_keys("spatial_domain", NETWORK),
+        {"n_domains": 3, "method": "gat", "max_steps": 10, "n_comps": 2, "n_init": 2, "batch_key": "batch"},
+        keyed=domain_keys("mine", NETWORK),
+        slow=True,
+    ),
     Case("kmeans", "tl.kmeans", "reduced", kmeans_keys("kmeans"), {"n_clusters": 4}, keyed=kmeans_keys("mine")),
     Case(
         "umap",
@@ -818,6 +845,15 @@ CASES = [
         ligrec_keys("ligrec"),
         {"cluster_key": "cell_type", "interactions": LIGANDS, "batch_key": "batch", "n_perms": 9},
         keyed=ligrec_keys("mine"),
+        matrix=True,
+    ),
+    Case(
+        "communication",
+        "tl.communication",
+        "log_placed",
+        communication_keys("communication"),
+        {"interactions": LIGANDS, "groupby": "cell_type", "batch_key": "batch", "n_programs": 2, "n_perms": 3},
+        keyed=communication_keys("mine"),
         matrix=True,
     ),
     *(
@@ -904,6 +940,7 @@ def _source(name: str) -> ad.AnnData:
         "reduced": ("log", lambda a: sd.pp.pca(a, n_comps=9)),
         "graph": ("reduced", lambda a: sd.pp.neighbors(a, n_neighbors=9)),
         "placed": ("reduced", lambda a: a.obsm.update(spatial=np.asarray(a.obsm["X_pca"][:, 1::-1]))),
+        "log_placed": ("log", lambda a: a.obsm.update(spatial=source("reduced").obsm["X_pca"][:, :2])),
         "pieces": ("counts", lambda a: a.obsm.update(spatial=source("reduced").obsm["X_pca"][:, :2])),
         "labelled": ("log", with_known),
         "known": ("counts", with_known),
@@ -1404,6 +1441,7 @@ REFUSED = [
     ("align_slices", {"reference": "third"}, KeyError, r"reference='third'.*'first'"),
     ("align_slices", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
     ("align_slices", {"alpha": 0}, ValueError, "alpha=0"),
+    ("align_slices", {"overlap": 0}, ValueError, "overlap=0"),
     ("align_slices", {"epsilon": 0}, ValueError, "epsilon=0"),
     ("align_slices", {"max_spots": 2}, ValueError, "max_spots=2"),
     ("align_slices", {"max_iter": 0}, ValueError, "max_iter=0"),
@@ -1540,8 +1578,24 @@ REFUSED = [
     ("ligrec", {"threshold": 1.0}, ValueError, "threshold=1.0 of cells"),
     ("ligrec", {"n_perms": 0}, ValueError, "n_perms=0"),
     ("ligrec", {"batch_key": "partial"}, ValueError, "missing for 1 of"),
+    ("communication", {"method": "net"}, ValueError, r"method='net'.*'linear', 'gat'"),
+    ("communication", {"groupby": "absent"}, KeyError, r"groupby='absent'.*'cell_type'"),
+    ("communication", {"groupby": "quality"}, TypeError, "groupby='quality'.*fractional"),
+    ("communication", {"groupby": "missing"}, ValueError, "groupby='missing' is missing for 1 of"),
+    ("communication", {"interactions": [("absent", "CD52")]}, KeyError, r"\('absent', 'CD52'\).*'HES4'"),
+    ("communication", {"neighbors": "absent"}, KeyError, "neighbors='absent'"),
+    ("communication", {"neighbors": False}, ValueError, "neighbors=False"),
+    ("communication", {"batch_key": "absent"}, KeyError, "batch_key='absent'"),
+    ("communication", {"targets": ["absent"]}, KeyError, "none of targets.*'HES4'"),
+    ("communication", {"targets": "HES4"}, TypeError, "targets='HES4' is one name"),
+    ("communication", {"targets": ["CD52"]}, ValueError, "no genes besides ligands"),
+    ("communication", {"n_genes": 0}, ValueError, "n_genes=0"),
+    ("communication", {"n_programs": 0}, ValueError, "n_programs=0"),
+    ("communication", {"n_perms": 0}, ValueError, "n_perms=0"),
     ("spatial_domains", {"n_domains": 0}, ValueError, "n_domains=0"),
-    ("spatial_domains", {"method": "gat"}, ValueError, r"method='gat'.*'smooth'"),
+    ("spatial_domains", {"method": "stagate"}, ValueError, r"method='stagate'.*'smooth', 'gat'"),
+    ("spatial_domains", {"method": "gat", "n_domains": 2, "hops": 2.0}, ValueError, "hops=2.0 has no meaning"),
+    ("spatial_domains", {"prune": 0.2}, ValueError, "prune=0.2 has no meaning with method='smooth'"),
     ("spatial_domains", {"spatial_key": "absent"}, KeyError, r"spatial_key='absent'.*'spatial'"),
     ("spatial_domains", {"n_neighbors": 0}, ValueError, "n_neighbors=0"),
     ("spatial_domains", {"n_neighbors": 3, "radius": 2.0}, ValueError, "either n_neighbors=3 or radius=2.0"),

@@ -74,6 +74,9 @@ class Case(NamedTuple):
 # What takes long to compile or run, and settings of operators that are tested with others too: these are slow tests.
 SLOW = {
     "align_slices",
+    "align_slices_overlap",
+    "communication",
+    "communication_gat",
     "denoise",
     "doublet_classifier",
     "dynamics",
@@ -99,6 +102,7 @@ SLOW = {
     "scrublet",
     "semi_supervised_vae",
     "solo",
+    "spatial_autoencoder",
     "spatial_domains",
     "steady_state",
     "switch_de",
@@ -408,13 +412,21 @@ CASES = [
     ),
     Case(
         "align_slices",
-        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, max_spots=30, tol=1e-12),
+        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, limits=ops.SliceLimits(30, 1e-12)),
         # One slice larger than the other, so that geometry counts.
         lambda d: (d.counts, d.coordinates[:, :2] * (1 + 0.5 * d.batch[:, None]), d.batch),
         lambda r: (r.aligned, r.rotation, r.shift, r.objective, r.plan),
         # The counts, their places and derivatives.
         budget=1_200,
         learns=("alpha", "epsilon"),
+    ),
+    Case(
+        "align_slices_overlap",
+        lambda: ops.AlignSlices(alpha=0.2, epsilon=0.1, overlap=0.7, limits=ops.SliceLimits(30, 1e-12)),
+        lambda d: (d.counts, d.coordinates[:, :2] * (1 + 0.5 * d.batch[:, None]), d.batch),
+        lambda r: (r.aligned, r.rotation, r.shift, r.objective, r.plan),
+        budget=1_200,
+        learns=("alpha", "epsilon", "overlap"),
     ),
     Case(
         "ot_transport",
@@ -474,6 +486,21 @@ CASES = [
         budget=300,
         learns=("hops", "gradient"),
         # The starts are drawn by the order of the cells.
+        equivariant=False,
+    ),
+    Case(
+        "spatial_autoencoder",
+        lambda: ops.SpatialAutoencoder(
+            mixture=ops.TiedMixture(n_init=2, tol=1e-13),
+            n_domains=3,
+            settings=ops.SpatialSettings(n_neighbors=3, n_comps=2),
+            training=ops.SpatialTraining(n_hidden=8, n_layers=1, max_steps=10, prune=0.5),
+        ),
+        lambda d: (d.coordinates[:, :6], None, d.graph, d.batch),
+        lambda r: (r.memberships, r.embedding, r.log_likelihood),
+        budget=300,
+        learns=("net",),
+        # Which cells are hidden in training depends on their order.
         equivariant=False,
     ),
     Case(
@@ -620,6 +647,23 @@ CASES = [
             budget=1_500,
         )
         for name, policy, near in (("ligrec", "min", False), ("ligrec_neighbors", "group_min", True))
+    ),
+    *(
+        Case(
+            name,
+            lambda attention=attention: ops.Communication(
+                ligands=np.array([[102, 102], [70, 103]]),
+                receptors=np.array([[52, 53], [65, 104]]),
+                settings=ops.CommunicationSettings(n_programs=3, attention=attention, n_hidden=8, n_steps=10),
+            ),
+            lambda d: (d.log, d.graph, jax.nn.softmax(d.coordinates[:, :3] / 4)),
+            tuple,
+            budget=1_500,
+            learns=("net",) if attention else (),
+            # Which cells are held out together depends on their order.
+            equivariant=False,
+        )
+        for name, attention in (("communication", False), ("communication_gat", True))
     ),
     Case(
         "umap",

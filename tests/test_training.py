@@ -11,6 +11,7 @@ import scdiffx as sd
 from helpers import pbmc_counts
 from scdiffx._fit._controls import direct_predictor
 from scdiffx._fit._split import three_ways
+from scdiffx._slots import Obsm
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,13 @@ def test_scheduled_parameters_follow_their_schedule(data):
     assert fitted.params["highly_variable_genes.temperature"] == pytest.approx(float(falling(best)), rel=1e-5)
 
 
+def test_any_optimiser_with_whatever_it_is_chained_with(data):
+    """Clipped to next to nothing, gradients move next to nothing."""
+    tiny = optax.chain(optax.clip_by_global_norm(1e-6), optax.sgd(optax.constant_schedule(1.0)))
+    fitted = sd.fit(projection(data), LABELS, optimizer=tiny, n_steps=3, **QUIET)
+    assert fitted.history["train"] == pytest.approx([fitted.history["train"][0]] * 3, abs=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [None, 100])
 def test_a_fit_goes_on_from_its_checkpoint(data, tmp_path, batch_size):
     settings = {**QUIET, "refresh_every": 3, "batch_size": batch_size}
@@ -172,4 +180,5 @@ def test_predictor_of_numbers_is_a_nearest_neighbour_mean(data):
     z, depth = plan.apply(copy=True).obsm["X_pca"], data.obs["depth"].to_numpy()
     predicted = KNeighborsRegressor(15).fit(z[split.train], depth[split.train]).predict(z)
     r = np.corrcoef(predicted[split.test], depth[split.test])[0, 1]
-    assert direct_predictor(plan, loss, split)["test"] == pytest.approx(1 - r, abs=1e-4)
+    found = direct_predictor(plan, loss, split, {Obsm("X_pca"): z})
+    assert found["test"] == pytest.approx(1 - r, abs=1e-4)

@@ -14,8 +14,10 @@ import pytest
 from scipy.spatial.distance import cdist
 
 import scdiffx as sd
-from helpers import QUICK
+from helpers import QUICK, directional_fd, random_direction, tree_vdot
 from scdiffx import ops
+from scdiffx._core.fields import replace
+from scdiffx.ops import _partial_gromov as gromov
 from scdiffx.ops._align_slices import _pooled, rotation_of
 
 RECORD = Path(__file__).parent / "align_slices_pot.npz"
@@ -68,7 +70,7 @@ def run(counts: np.ndarray, spots: np.ndarray, batch: np.ndarray, **settings: An
 
 
 def dense_objective(counts: np.ndarray, spots: np.ndarray, plan: np.ndarray, scale: float, alpha: float) -> float:
-    """The objective as it is written down: all pairs of pairs."""
+    """The objective as it is written down: all pairs of pairs, for marginals of any kind."""
     a, b = (x + 0.01 for x in np.split(counts, [SIZES[0]]))
     a, b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
     cost = (a[:, None] * np.log(a[:, None] / b)).sum(2)
@@ -93,6 +95,92 @@ def test_objective_is_as_good_as_pots() -> None:
     theirs = record()["plan"].astype(np.float64)
     np.testing.assert_allclose(dense_objective(counts, spots, theirs, scale, 0.1), record()["objective"], rtol=1e-5)
     assert found < record()["objective"] * (1 + 1e-4)
+
+
+@in_double
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_is_not_linear_in_a_part_is_made_of_its_moments(dims: int) -> None:
+    rng = np.random.default_rng(dims)
+    x, y = rng.normal(size=(7, dims)), rng.normal(size=(5, dims)) + 1
+    p = rng.uniform(size=(7, 5)) ** 4
+    p *= 0.7 / p.sum()
+    c, d = cdist(x, x, "sqeuclidean"), cdist(y, y, "sqeuclidean")
+    a, b = p.sum(1), p.sum(0)
+    lift = gromov.lifted(jnp.zeros(p.shape), jnp.asarray(x), jnp.asarray(y), jnp.ones(()), jnp.asarray(0.7))
+    w = gromov.moments(lift, lift.a[:-1].T @ p @ lift.b[:-1])
+    found = (lift.base[:-1, :-1] * p).sum() + gromov.energy(lift, w)
+    slope = np.asarray(lift.base + gromov.surface(lift, w))[:-1, :-1]
+    np.testing.assert_allclose(found, a @ c**2 @ a + b @ d**2 @ b - 2 * ((c @ p @ d) * p).sum(), rtol=1e-10)
+    both = (c**2 @ a)[:, None] + d**2 @ b - 2 * c @ p @ d
+    # But for a constant, which the mass that is given takes.
+    np.testing.assert_allclose(slope - slope.mean(), 2 * (both - both.mean()), rtol=1e-8)
+
+
+@pytest.mark.slow
+@in_double
+def test_a_part_is_coupled_as_well_as_pots() -> None:
+    counts, spots, batch = pair()
+    _, result = run(counts, spots, batch, overlap=0.7)
+    plan = np.asarray(result.plan[0])[:, : SIZES[1]]
+    assert float(result.error[0]) < 1e-9
+    np.testing.assert_allclose(plan.sum(), 0.7, rtol=1e-8)
+    assert plan.sum(1).max() < (1 + 1e-6) / SIZES[0]
+    assert plan.sum(0).max() < (1 + 1e-6) / SIZES[1]
+    scale = float(record()["scale"])
+    found = dense_objective(counts, spots, plan, scale, 0.1)
+    np.testing.assert_allclose(result.objective[0], found, rtol=1e-8)
+    theirs = dense_objective(counts, spots, record()["part"].astype(np.float64), scale, 0.1)
+    assert found < theirs * (1 + 1e-3)
+
+
+@pytest.mark.slow
+@in_double
+def test_a_cut_slice_comes_to_where_it_is_from() -> None:
+    counts, spots, _ = pair()
+    counts, spots = counts[: SIZES[0]], spots[: SIZES[0]]
+    near = np.linalg.norm(cdist(spots, spots) + 99 * np.eye(len(spots)), -np.inf, axis=1)
+    kept = np.sort(np.argsort(spots @ [0.6, 0.8])[: SIZES[1] - 11])
+    copy, where = counts[kept], spots[kept] @ turn(140).T + [40, -7]
+    batch = np.repeat([0, 1], [len(spots), len(kept)])
+    off = []
+    for overlap in (None, len(kept) / len(spots)):
+        _, result = run(np.concatenate([counts, copy]), np.concatenate([spots, where]), batch, overlap=overlap)
+        aligned = np.asarray(result.aligned)[len(spots) :]
+        off.append(np.median(np.linalg.norm(aligned - spots[kept], axis=1)) / np.median(near))
+    assert off[0] > 0.5
+    assert off[1] < 0.1
+
+
+@pytest.mark.slow
+@in_double
+def test_a_centre_of_parts_has_derivatives_and_a_mean_expression() -> None:
+    counts, spots, _ = pair()
+    rows = np.r_[:18, SIZES[0] : SIZES[0] + 16]
+    counts, spots, batch = counts[rows][:, :40], spots[rows], np.repeat([0, 1], [18, 16])
+    limits = ops.SliceLimits(tol=1e-12)
+    op, result = run(counts, spots, batch, reference="center", overlap=0.8, alpha=0.2, epsilon=0.1, limits=limits)
+    plan, profiles = np.asarray(result.plan), np.zeros((2, 18, 40))
+    for k in range(2):
+        profiles[k, : (batch == k).sum()] = counts[batch == k]
+    shares = (profiles + 0.01) / (profiles + 0.01).sum(2, keepdims=True)
+    mean = np.einsum("kij,kjg->ig", plan, shares) / plan.sum((0, 2))[:, None]
+    np.testing.assert_allclose(result.center, mean, rtol=1e-6)
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=spots.shape))
+
+    def loss(free: dict[str, Any]) -> Any:
+        at = replace(op, **{name: free[name] for name in ("alpha", "epsilon", "overlap")})
+        result = at(free["counts"], free["spots"], jnp.asarray(batch))
+        return (weight * result.aligned).sum() + result.objective.sum() + jnp.square(result.center).sum()
+
+    values = {name: jnp.asarray(getattr(op, name)) for name in ("alpha", "epsilon", "overlap")}
+    free = values | {"counts": jnp.asarray(counts), "spots": jnp.asarray(spots)}
+    value = jax.jit(loss, compiler_options=QUICK)
+    slope = jax.jit(jax.grad(loss), compiler_options=QUICK)(free)
+    for name in free:
+        step = {key: random_direction(v) * (key == name) for key, v in free.items()}
+        exact = tree_vdot(slope, step)
+        np.testing.assert_allclose(exact, directional_fd(value, free, step, (1e-5,)), rtol=1e-4)
+        assert abs(exact) > 1e-6
 
 
 @in_double
@@ -216,3 +304,19 @@ def test_a_search_that_is_cut_short_warns() -> None:
     with pytest.warns(UserWarning, match="1 of 1 couplings are not solved after 1 steps"):
         sd.tl.align_slices(adata, "slice", reference="right", max_iter=1)
     assert np.isfinite(adata.obsm["spatial_aligned"]).all()
+
+
+@pytest.mark.slow
+def test_a_centre_is_written_with_its_places() -> None:
+    counts, spots, batch, truth, near = moved(0.3)
+    adata = ad.AnnData(counts.astype(np.float32))
+    adata.obs["slice"] = np.array(["left", "right"])[batch]
+    adata.obsm["spatial"] = spots
+    sd.tl.align_slices(adata, "slice", reference="center")
+    entry = adata.uns["align_slices"]
+    np.testing.assert_array_equal(entry["pairs"], [[0, 0], [0, 1]])
+    np.testing.assert_array_equal(entry["center"]["group"], np.arange(SIZES[0]))
+    np.testing.assert_allclose(entry["center"]["spatial"], spots[: SIZES[0]])
+    np.testing.assert_allclose(entry["center"]["expression"].sum(1), 1, rtol=1e-5)
+    off = np.linalg.norm(adata.obsm["spatial_aligned"][SIZES[0] :] - truth, axis=1)
+    assert np.median(off) < 0.5 * np.median(near)

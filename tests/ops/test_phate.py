@@ -204,7 +204,9 @@ def test_in_a_plan_a_loss_moves_the_layout() -> None:
     for call in (sd.pp.normalize_total, sd.pp.log1p, partial(sd.pp.pca, n_comps=8), sd.tl.phate):
         call(straight)
     loss = sd.losses.compactness("X_phate", "cell_type")
-    fitted = sd.fit(plan, loss, n_steps=6, refresh_every=3, learn=["phate", "pca"], progress=False)
+    fitted = sd.fit(
+        plan, loss, n_steps=6, refresh_every=3, learn=["phate", "pca"], holdout=None, test=None, progress=False
+    )
     assert fitted.history["train"][5] < fitted.history["train"][0] - 1e-3
     kinds, z = raw.obs["cell_type"].to_numpy(), straight.obsm["X_phate"]
     within = sum(((z[kinds == kind] - z[kinds == kind].mean(0)) ** 2).sum() for kind in np.unique(kinds))

@@ -15,7 +15,7 @@ from scdiffx._core.runtime import ensure_cache
 from scdiffx._fit._objective import Objective, labels_of
 from scdiffx._fit._split import Split, three_ways
 from scdiffx._log import progress_bar
-from scdiffx._slots import Obsm
+from scdiffx._slots import Slot
 from scdiffx._steps import Plan, replay
 from scdiffx.losses import Loss
 from scdiffx.losses._terms import Correlation, CrossEntropy, TimeOrder
@@ -162,21 +162,21 @@ def _judged(plan: Plan, loss: Loss, split: Split) -> dict[str, float]:
     return found
 
 
-def direct_predictor(plan: Plan, loss: Loss, split: Split) -> dict[str, float]:
+def direct_predictor(plan: Plan, loss: Loss, split: Split, embeddings: Mapping[Slot, np.ndarray]) -> dict[str, float]:
     """The first labelled term of a loss for a prediction of its labels from the unfitted plan, by part.
 
     Times are predicted by the mean of the 15 nearest labelled training cells in the first array of `obsm` that the plan
-    writes, before any fit; classes by their shares among them, each mixed with a hundredth of the classes' own shares.
-    Nothing where the loss has no such term or the plan writes no such array.
+    writes, as it is before the fit; classes by their shares among them, each mixed with a hundredth of the classes'
+    own shares. Nothing where the loss has no such term or the plan writes no such array.
     """
     found = labels_of(loss, plan.adata)
     if found is None or not isinstance(found[0], Correlation | TimeOrder | CrossEntropy):
         return {}
     term, labels = found
-    slot = next((w.slot for step in plan.steps for w in step.writes if isinstance(w.slot, Obsm)), None)
+    slot = next((w.slot for step in plan.steps for w in step.writes if w.slot in embeddings), None)
     if slot is None:
         return {}
-    z = np.asarray(plan.run()[2][slot])
+    z = embeddings[slot]
     by_class = isinstance(term, CrossEntropy)
     known = split.train & (labels >= 0 if by_class else np.isfinite(labels)) & np.isfinite(z).all(1)
     if z.ndim != 2 or known.sum() < 2:

@@ -16,6 +16,7 @@ from scdiffx._fit._objective import Objective, Part
 from scdiffx._fit._split import Split
 from scdiffx._log import progress_bar
 from scdiffx._program import Program
+from scdiffx._slots import Obsm, Slot
 from scdiffx.losses import Loss
 
 __all__ = ["Loop", "Outcome", "Run"]
@@ -64,6 +65,10 @@ class Run:
         values = self._values(program.ops, program.frozen)
         main = Objective(loss, program.plan, program.written)
         train = main.prepared(values, split.train)
+        # What the unfitted plan makes of the cells, for predictions of the same labels.
+        self.embeddings: dict[Slot, np.ndarray] = {
+            s: np.asarray(v) for s, v in (program.frozen | values).items() if isinstance(s, Obsm)
+        }
         self.objectives["train"] = main
         self.given: Parts = {"train": train}
         for name in ("holdout", "test"):

@@ -4,11 +4,14 @@ from scdiffx._core.counts import Counts
 from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern
-from scdiffx.ops._align_slices import AlignSlices, AlignSlicesResult, SliceGroups
+from scdiffx.ops._align_slices import AlignSlices, AlignSlicesResult, SliceGroups, SliceLimits
 from scdiffx.ops._ambient import RemoveAmbient, RemoveAmbientResult
 from scdiffx.ops._annotation_fit import Envelope
 from scdiffx.ops._archetypes import Archetypes, ArchetypesResult
 from scdiffx.ops._cell_weights import CellWeights
+from scdiffx.ops._communication import Communication, CommunicationResult
+from scdiffx.ops._communication_fit import CommunicationFit, CommunicationSettings
+from scdiffx.ops._communication_test import CommunicationTest
 from scdiffx.ops._denoise import Denoise, DenoiseResult, DenoiseTraining
 from scdiffx.ops._differential_distribution import DifferentialDistribution, DifferentialDistributionResult
 from scdiffx.ops._diffusion import DiffusionMap, DiffusionMapResult, Pseudotime, PseudotimeResult, transitions
@@ -41,6 +44,8 @@ from scdiffx.ops._scrublet import Scrublet, ScrubletResult
 from scdiffx.ops._simulate import Simulate, SimulateResult
 from scdiffx.ops._solo import Solo, SoloResult
 from scdiffx.ops._spatial_domains import SpatialDomains, SpatialDomainsResult, SpatialSettings
+from scdiffx.ops._spatial_gat import SpatialAutoencoder
+from scdiffx.ops._spatial_gat_net import SpatialTraining
 from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
 from scdiffx.ops._switch import SwitchDE, SwitchDEResult
 from scdiffx.ops._terminal_states import terminal_states
@@ -65,6 +70,11 @@ __all__ = [
     "Archetypes",
     "ArchetypesResult",
     "CellWeights",
+    "Communication",
+    "CommunicationFit",
+    "CommunicationResult",
+    "CommunicationSettings",
+    "CommunicationTest",
     "Counts",
     "Denoise",
     "DenoiseResult",
@@ -140,11 +150,14 @@ __all__ = [
     "Simulate",
     "SimulateResult",
     "SliceGroups",
+    "SliceLimits",
     "Solo",
     "SoloResult",
+    "SpatialAutoencoder",
     "SpatialDomains",
     "SpatialDomainsResult",
     "SpatialSettings",
+    "SpatialTraining",
     "Standards",
     "SteadyState",
     "SteadyStateResult",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations, product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from scipy.spatial import cKDTree
 
 from scdiffx._core.counts import Matrix, group_sums
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
-from scdiffx.ops._fused_gromov import Problem, centred, couple, objective, plan, search
+from scdiffx.ops._fused_gromov import Problem, centred, couple, objective, plan, search, slackened
 
-__all__ = ["AlignSlices", "AlignSlicesResult", "SliceGroups"]
+__all__ = ["AlignSlices", "AlignSlicesResult", "SliceGroups", "SliceLimits"]
 
 # PASTE's pseudocount, of spots' means.
 _PSEUDOCOUNT = 0.01
@@ -25,6 +25,8 @@ _EMPTY = -60.0
 # How far a coupling may be off. In single precision rounding alone moves so much mass where `epsilon` is small.
 _TOL = {"float32": 2e-2, "float64": 1e-9}
 _ROTATIONS = 8
+# How often the couplings of all slices with the centre are found, and its expression from them.
+_CENTER_ROUNDS = 5
 
 
 class SliceGroups(NamedTuple):
@@ -43,11 +45,20 @@ class SliceGroups(NamedTuple):
     start: Float[Array, "pairs dims dims"]
 
 
+class SliceLimits(NamedTuple):
+    """`max_spots`: of a slice, beyond which neighbours are pooled. `tol`: how far a coupling may be off. `max_iter`."""
+
+    max_spots: int = 1000
+    tol: float | None = None
+    max_iter: int = 500
+
+
 class AlignSlicesResult(NamedTuple):
     """Aligned coordinates, and what led to them.
 
     A spot at s of slice k is now at ``rotation[k] @ s + shift[k]``. `plan`: the couplings of the places of groups.
-    `objective`: fused Gromov-Wasserstein of each. `steps` and `error`: of the solver.
+    `objective`: fused Gromov-Wasserstein of each. `steps` and `error`: of the solver. `center`: with a centre, its
+    expression as shares of the genes.
     """
 
     aligned: Float[Array, "spots dims"]
@@ -57,6 +68,7 @@ class AlignSlicesResult(NamedTuple):
     objective: Float[Array, " pairs"]
     steps: Int[Array, " pairs"]
     error: Float[Array, " pairs"]
+    center: Float[Array, "places genes"] | None = None
 
 
 @operator
@@ -74,6 +86,13 @@ class AlignSlices:
     shifts each slice as the coupling implies (weighted Procrustes), onto slice `reference`, or with None onto the slice
     before it. Memory is linear in the spots; couplings are at most ``max_spots x max_spots``.
 
+    With `overlap` only this share of the mass of either slice is coupled, that which is coupled best (PASTE2, Liu et
+    al. 2023): what is left out costs nothing, and motions are those of what is coupled.
+
+    With "center" as `reference` all slices are coupled with a centre that has the places of the first slice. Its
+    expression starts as that of the first slice; then couplings, and the mean over slices of what they bring to each
+    place, take turns. The divergence is that of a slice's profile from the centre's, which this mean minimises.
+
     Derivatives of couplings and motions in expression, coordinates, `alpha` and `epsilon` are those of the stationary
     point, implicit and exact at fixed groups, starts and scales of coordinates. Compute in double precision: in single,
     couplings are off by about a hundredth of their mass.
@@ -81,12 +100,11 @@ class AlignSlices:
 
     alpha: float | Array = learnable(default=0.1, constraint="unit")
     epsilon: float | Array = learnable(default=0.002, constraint="positive")
+    overlap: float | Array | None = learnable(default=None, constraint="unit")
     groups: SliceGroups | None = buffer(default=None, structure=True)
-    reference: int | None = static(default=None)
+    reference: int | Literal["center"] | None = static(default=None)
     reflection: bool = static(default=False)
-    max_spots: int = static(default=1000)
-    tol: float | None = static(default=None)
-    max_iter: int = static(default=500)
+    limits: SliceLimits = static(default=SliceLimits())
 
     def init(
         self, x: Matrix, spatial: Float[Array, "spots dims"], batch: Int[Array, " spots"], key: Array | None = None
@@ -97,18 +115,14 @@ class AlignSlices:
         sizes = np.bincount(number)
         if len(sizes) < 2 or sizes.min() < 3:
             raise ValueError(f"there must be at least two slices with at least 3 spots each, got {sizes.tolist()}")
-        places = min(int(sizes.max()), self.max_spots)
+        places = min(int(sizes.max()), self.limits.max_spots)
         group = np.empty(len(spots), np.int32)
         for k in range(len(sizes)):
             here = np.flatnonzero(number == k)
             group[here] = k * places + _pooled(spots[here], places)
         share = np.bincount(group, minlength=len(sizes) * places).reshape(len(sizes), places) / sizes[:, None]
         log_weight = np.where(share > 0, np.log(np.where(share > 0, share, 1)), _EMPTY)
-        pairs = [(k, k + 1) for k in range(len(sizes) - 1)]
-        if self.reference is not None:
-            if not 0 <= self.reference < len(sizes):
-                raise ValueError(f"reference={self.reference} must be the number of a slice, below {len(sizes)}")
-            pairs = [(self.reference, k) for k in range(len(sizes)) if k != self.reference]
+        pairs = self._pairs(len(sizes))
         dims = spots.shape[1]
         found = SliceGroups(
             jnp.asarray(number, jnp.int32),
@@ -121,25 +135,37 @@ class AlignSlices:
         profiles, where = _means(found, x, spatial)
         scale = [_scale(*(np.asarray(where[k])[share[k] > 0] for k in pair)) for pair in pairs]
         found = found._replace(scale=jnp.asarray(scale, spatial.dtype))
-        problems = (self._problem(found, profiles, where, i)[0] for i in range(len(pairs)))
+        center = _shares(profiles[0]) if self.reference == "center" else None
+        problems = (self._problem(found, profiles, where, i, center)[0] for i in range(len(pairs)))
         start = jnp.stack([_start(problem, self.reflection) for problem in problems])
         return replace(self, groups=found._replace(start=start))
 
+    def _pairs(self, n_slices: int) -> list[tuple[int, int]]:
+        if self.reference is None:
+            return [(k, k + 1) for k in range(n_slices - 1)]
+        if self.reference == "center":
+            return [(0, k) for k in range(n_slices)]
+        if not 0 <= self.reference < n_slices:
+            raise ValueError(f"reference={self.reference} must be the number of a slice, below {n_slices}")
+        return [(self.reference, k) for k in range(n_slices) if k != self.reference]
+
     def threshold(self, dtype: Any) -> float:
         """How far a coupling may be off."""
-        return _TOL[jnp.dtype(dtype).name] if self.tol is None else self.tol
+        return _TOL[jnp.dtype(dtype).name] if self.limits.tol is None else self.limits.tol
 
     def _problem(
-        self, groups: SliceGroups, profiles: Array, where: Array, i: int | Array
+        self, groups: SliceGroups, profiles: Array, where: Array, i: int | Array, center: Array | None = None
     ) -> tuple[Problem, Array, Array]:
-        """The coupling problem of a pair, and the weighted means of its slices."""
+        """The coupling problem of a pair, and the weighted means of its slices. With `center`, that has its place."""
         a, b = groups.pairs[i]
         log_p, log_q = groups.log_weight[a], groups.log_weight[b]
         x, x_mean = centred(where[a], log_p)
         y, y_mean = centred(where[b], log_q)
-        cost = _divergence(profiles, a, b)
+        cost = _divergence(profiles, a, b) if center is None else _from_center(profiles, b, center)
         alpha, epsilon = (jnp.asarray(v, x.dtype) for v in (self.alpha, self.epsilon))
         problem = Problem(cost, x / groups.scale[i], y / groups.scale[i], log_p, log_q, alpha, epsilon)
+        if self.overlap is not None:
+            problem = slackened(problem, jnp.asarray(self.overlap, x.dtype))
         return problem, x_mean, y_mean
 
     def __call__(
@@ -150,20 +176,39 @@ class AlignSlices:
             raise ValueError("AlignSlices needs its groups: call `op = op.init(x, spatial, batch)` first")
         profiles, where = _means(groups, x, spatial)
 
-        def pair(i: Array) -> tuple[Array, ...]:
-            problem, x_mean, y_mean = self._problem(groups, profiles, where, i)
-            found = couple(problem, groups.start[i], self.threshold(problem.x.dtype), self.max_iter)
-            p = plan(problem, found.f, found.g, found.w)
-            turn = rotation_of(problem.x.T @ p @ problem.y, self.reflection)
-            return turn, x_mean - turn @ y_mean, p, objective(problem, p), found.steps, found.error
+        def all_pairs(center: Array | None) -> tuple[Array, ...]:
+            return lax.map(lambda i: self._coupled(groups, profiles, where, i, center), jnp.arange(len(groups.pairs)))
 
-        turns, shifts, p, values, steps, error = lax.map(pair, jnp.arange(len(groups.pairs)))
+        center = None
+        if self.reference == "center":
+            again = jax.checkpoint(lambda _, center: _brought(profiles, all_pairs(center)[2], center))
+            center = lax.fori_loop(0, _CENTER_ROUNDS - 1, again, _shares(profiles[0]))
+        turns, shifts, p, values, steps, error = all_pairs(center)
+        if center is not None:
+            center = _brought(profiles, p, center)
         rotation, shift = self._composed(turns, shifts)
         aligned = jnp.einsum("sij,sj->si", rotation[groups.slice], spatial) + shift[groups.slice]
-        return AlignSlicesResult(aligned, rotation, shift, p, values, steps, error)
+        return AlignSlicesResult(aligned, rotation, shift, p, values, steps, error, center)
+
+    def _coupled(
+        self, groups: SliceGroups, profiles: Array, where: Array, i: int | Array, center: Array | None
+    ) -> tuple[Array, ...]:
+        """The motion of a pair, its coupling, and what is known of that."""
+        problem, x_mean, y_mean = self._problem(groups, profiles, where, i, center)
+        found = couple(problem, groups.start[i], self.threshold(problem.x.dtype), self.limits.max_iter)
+        p = plan(problem, found.f, found.g, found.w)
+        known = objective(problem, p), found.steps, found.error
+        if self.overlap is None:
+            turn = rotation_of(problem.x.T @ p @ problem.y, self.reflection)
+            return turn, x_mean - turn @ y_mean, p, *known
+        p = p[:-1, :-1]
+        turn, shift = motion_of(p, problem.x[:-1], problem.y[:-1], self.reflection)
+        return turn, x_mean + groups.scale[i] * shift - turn @ y_mean, p, *known
 
     def _composed(self, turns: Array, shifts: Array) -> tuple[Array, Array]:
         """Motions of all slices onto the one that stays."""
+        if self.reference == "center":
+            return turns, shifts
         still = jnp.eye(turns.shape[1], dtype=turns.dtype), jnp.zeros(turns.shape[1], turns.dtype)
         if self.reference is not None:
             at = self.reference
@@ -204,6 +249,16 @@ def rotation_of(w: Float[Array, "dims dims"], reflection: bool) -> Float[Array, 
     return _polar(w, sign)
 
 
+def motion_of(
+    p: Float[Array, "n m"], x: Float[Array, "n dims"], y: Float[Array, "m dims"], reflection: bool
+) -> tuple[Array, Array]:
+    """The rotation R and the shift s that bring ``R @ y + s`` nearest to x, in the mean over a coupling."""
+    a, b = p.sum(1) / p.sum(), p.sum(0) / p.sum()
+    x_mean, y_mean = a @ x, b @ y
+    turn = rotation_of((x - x_mean).T @ p @ (y - y_mean), reflection)
+    return turn, x_mean - turn @ y_mean
+
+
 def _pooled(spots: np.ndarray, places: int) -> np.ndarray:
     """A number from 0 to `places` - 1 for each spot: its own, or that of a cell of a k-d tree with equal numbers."""
     if len(spots) <= places:
@@ -239,12 +294,39 @@ def _means(groups: SliceGroups, x: Matrix, spatial: Array) -> tuple[Array, Array
     return (sums / size).reshape(n_slices, places, -1).astype(spatial.dtype), where
 
 
+def _shares(profiles: Float[Array, "n genes"]) -> Float[Array, "n genes"]:
+    profiles = profiles + _PSEUDOCOUNT
+    return profiles / profiles.sum(1, keepdims=True)
+
+
+def _between(a: Float[Array, "n genes"], b: Float[Array, "m genes"]) -> Float[Array, "n m"]:
+    return (a * jnp.log(a)).sum(1)[:, None] - a @ jnp.log(b).T
+
+
 @jax.checkpoint
 def _divergence(profiles: Float[Array, "slices n genes"], i: int | Array, j: int | Array) -> Float[Array, "n n"]:
     """Kullback-Leibler divergence of each profile of slice j from each of slice i."""
-    a, b = (profiles[k] + _PSEUDOCOUNT for k in (i, j))
-    a, b = (v / v.sum(1, keepdims=True) for v in (a, b))
-    return (a * jnp.log(a)).sum(1)[:, None] - a @ jnp.log(b).T
+    return _between(_shares(profiles[i]), _shares(profiles[j]))
+
+
+@jax.checkpoint
+def _from_center(profiles: Float[Array, "slices n genes"], j: int | Array, center: Array) -> Float[Array, "n n"]:
+    """What coding by the centre's profiles those of slice j costs: the divergence of the other direction."""
+    return _between(_shares(profiles[j]), center).T
+
+
+def _brought(
+    profiles: Float[Array, "slices n genes"], plans: Float[Array, "slices n n"], center: Float[Array, "n genes"]
+) -> Float[Array, "n genes"]:
+    """The mean over couplings of the profiles that they bring to each place; as it was where they bring none."""
+    little = jnp.finfo(center.dtype).tiny ** 0.75
+
+    def add(state: tuple[Array, Array], both: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        of_slice, p = both
+        return (state[0] + p @ _shares(of_slice), state[1] + p.sum(1)), None
+
+    total, mass = lax.scan(add, (little * center, jnp.full(len(center), little, center.dtype)), (profiles, plans))[0]
+    return total / mass[:, None]
 
 
 def _scale(x: np.ndarray, y: np.ndarray) -> float:

@@ -31,11 +31,13 @@ def attend(
     x: Float[Array, "cells features"],
     edges: Float[Array, "rows width edge_features"] | None = None,
     present: Bool[Array, "rows width"] | None = None,
+    heard: Bool[Array, " cells"] | None = None,
 ) -> Attended:
     """Each cell's mean over its neighbours and itself, by weights that depend on both ends and on the edge.
 
     The score of the edge from j to i is ``a . leaky_relu(x_i receive + x_j send + edge_ij via)``. `present` leaves
-    edges out; a cell without neighbours receives itself.
+    edges out; a cell without neighbours receives itself. Cells that are not `heard` send nothing, not even to
+    themselves; where nobody is heard 0 is received.
     """
     heads, dims = net["attend"].shape
     receive, send = ((x @ net[name]).reshape(-1, heads, dims) for name in ("receive", "send"))
@@ -44,12 +46,16 @@ def attend(
     if edges is not None:
         joint = joint + (edges @ net["via"]).reshape(*edges.shape[:2], heads, dims)
     there = jnp.asarray(p.valid) if present is None else p.valid & present
-    score = jnp.where(there[..., None], _scores(net, joint), -jnp.inf)
     own = _scores(net, receive + send)
+    if heard is not None:
+        there, own = there & heard[p.indices], jnp.where(heard[:, None], own, -jnp.inf)
+    score = jnp.where(there[..., None], _scores(net, joint), -jnp.inf)
     top = jax.lax.stop_gradient(_row_max(p, score, own))
+    top = jnp.where(jnp.isfinite(top), top, 0)
     # A pad row belongs to no cell: its largest score is 0 here, and its weights are 0.
     weight, own = jnp.exp(score - rows_to_slots(p, top)), jnp.exp(own - top)
     total = row_sums(p, weight) + own
+    total = jnp.where(total > 0, total, 1)
     weight, own = weight * rows_to_slots(p, 1 / total), own / total
     return Attended(row_sums(p, weight[..., None] * sent) + own[..., None] * send, weight, own)
 

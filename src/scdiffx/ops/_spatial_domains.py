@@ -13,47 +13,21 @@ from jaxtyping import Array, Float, Int
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, columns_to_slots, rows_to_slots
 from scdiffx._core.random import as_seed
-from scdiffx._core.runtime import one_blas_thread
-from scdiffx._core.spatial import neighbors_in_space
 from scdiffx._log import warn
-from scdiffx.ops._leiden import Leiden
-from scdiffx.ops._neighbors import Neighbors
+from scdiffx.ops._spatial_graph import (
+    SpatialDomainsResult,
+    SpatialSettings,
+    divided,
+    domains,
+    near_in_space,
+    neighborhood,
+    walk_of,
+)
 from scdiffx.ops._tied_mixture import TiedMixture
 
 __all__ = ["SpatialDomains", "SpatialDomainsResult", "SpatialProjection", "SpatialSettings"]
 
-_LEIDEN_NEIGHBORS = 15
 _NO_HOP = 1e-3  # hops are positive; so few change nothing to speak of
-
-
-class SpatialDomainsResult(NamedTuple):
-    """`labels` (cells,), `memberships` (cells, domains), `embedding` (cells, dims), `log_likelihood` of the mixture.
-
-    The embedding holds the principal components of averaged expression; labels are the largest memberships.
-    """
-
-    labels: Int[Array, " cells"]
-    memberships: Float[Array, "cells domains"]
-    embedding: Float[Array, "cells dims"]
-    log_likelihood: Array
-
-
-class SpatialSettings(NamedTuple):
-    """How space is searched and domains are found.
-
-    `n_neighbors` nearest cells, or all within `radius`, are neighbours where no graph is given. `n_comps` dimensions of
-    averaged expression are kept. Up to `max_hops` hops are tried on `n_folds` held-out parts of the cells. `n_refine`
-    times memberships are averaged over a cell and its neighbours. Leiden's `resolution` sets the number of domains
-    where none is given.
-    """
-
-    n_neighbors: int = 6
-    radius: float | None = None
-    n_comps: int = 20
-    max_hops: int = 30
-    n_folds: int = 5
-    n_refine: int = 1
-    resolution: float = 1.0
 
 
 class SpatialProjection(NamedTuple):
@@ -101,7 +75,9 @@ class SpatialDomains:
     ) -> SpatialDomains:
         s = self.settings
         key = jax.random.key(0) if key is None else key
-        op = self if graph is not None else replace(self, pattern=self._near(coordinates, batch, as_seed(key)))
+        op = self
+        if graph is None:
+            op = replace(self, pattern=near_in_space(coordinates, batch, s, as_seed(key)))
         errors = jnp.zeros(0, x.dtype)
         if op.hops is None:
             errors = op._held_out_errors(x, graph, batch, key)
@@ -118,18 +94,9 @@ class SpatialDomains:
                 projection = SpatialProjection(jnp.asarray(mean, x.dtype), jnp.asarray(axes, x.dtype), errors)
                 op = replace(op, projection=projection)
             if op.mixture.means is None:
-                op = op._divided(op._projected(features), key)
+                mixture = divided(op.mixture, op._projected(features), op.n_domains, s.resolution, key)
+                op = replace(op, mixture=mixture, n_domains=mixture.n_components)
         return op
-
-    def _near(self, coordinates: Array | None, batch: Array | None, seed: int) -> Pattern:
-        if coordinates is None:
-            raise ValueError("SpatialDomains needs coordinates or a graph")
-        s = self.settings
-        where = None if batch is None else np.asarray(batch)
-        near = neighbors_in_space(
-            np.asarray(coordinates), n_neighbors=s.n_neighbors, radius=s.radius, batch=where, seed=seed
-        )
-        return Pattern(*(jnp.asarray(a) for a in Pattern.from_csr(near.indptr, near.indices)))
 
     def _held_out_errors(self, x: Array, graph: Graph | None, batch: Array | None, key: Array) -> Array:
         """Squared errors of predicting each cell from cells of other folds after 0, 1, ... hops, relative to none."""
@@ -137,29 +104,6 @@ class SpatialDomains:
         fold = jax.random.permutation(key, np.arange(x.shape[0]) % count)
         parts = [np.asarray(_held_out_error(self, x, graph, batch, fold, i)) for i in range(count)]
         return jnp.asarray(np.sum(parts, 0))
-
-    def _divided(self, embedding: Array, key: Array) -> SpatialDomains:
-        """The mixture from k-means starts, or from a Leiden partition where the number of domains is not given."""
-        with one_blas_thread():
-            if self.n_domains is not None:
-                fitted = replace(self.mixture, n_components=self.n_domains).init(embedding, key=key)
-            else:
-                near = Neighbors(n_neighbors=min(_LEIDEN_NEIGHBORS, len(embedding))).init(embedding, key=key)
-                graph = jax.jit(lambda op, z: op(z).connectivities)(near, embedding)
-                found = Leiden(resolution=self.settings.resolution, seed=as_seed(key)).init(graph)
-                fitted = self.mixture.from_labels(embedding, jnp.asarray(found.membership))
-        return replace(self, mixture=fitted, n_domains=fitted.n_components)
-
-    def _graph(self, x: Array, graph: Graph | None, batch: Array | None) -> Graph:
-        if graph is None:
-            if self.pattern is None:
-                raise ValueError("SpatialDomains needs the neighbour search: call `op = op.init(x, coordinates)` first")
-            graph = Graph(self.pattern, jnp.asarray(self.pattern.valid, x.dtype))
-        if batch is None:
-            return graph
-        p, slice_of = graph.pattern, jax.lax.stop_gradient(jnp.asarray(batch, x.dtype))
-        same = rows_to_slots(p, slice_of) == columns_to_slots(p, slice_of)
-        return graph.with_values(jnp.where(same, graph.values, 0))
 
     def _averages(self, x: Array, coordinates: Array | None, near: Graph, walk: Graph, stay: Array) -> Array:
         """Averaged expression, beside the sizes of its slopes where these are wanted."""
@@ -194,23 +138,10 @@ class SpatialDomains:
         graph: Graph | None = None,
         batch: Int[Array, " cells"] | None = None,
     ) -> SpatialDomainsResult:
-        near = self._graph(x, graph, batch)
-        walk, stay = _walk(near, x)
+        near = neighborhood(self.pattern, x, graph, batch)
+        walk, stay = walk_of(near, x)
         embedding = self._projected(self._averages(x, coordinates, near, walk, stay))
-        mixture = self.mixture(embedding)
-
-        def vote(memberships: Array, _: None) -> tuple[Array, None]:
-            return walk @ memberships + stay[:, None] * memberships, None
-
-        memberships, _ = jax.lax.scan(vote, mixture.memberships, None, length=self.settings.n_refine)
-        labels = memberships.argmax(1).astype(jnp.int32)
-        return SpatialDomainsResult(labels, memberships, embedding, mixture.log_likelihood)
-
-
-def _walk(graph: Graph, like: Array) -> tuple[Graph, Array]:
-    """One hop: the weights of the neighbours, and that of the cell itself, the same as of a neighbour."""
-    total = graph.row_sums() + 1
-    return graph.scaled((1 / total).astype(like.dtype), jnp.ones_like(total)), 1 / total
+        return domains(self.mixture, embedding, walk, stay, self.settings.n_refine)
 
 
 def _slopes(graph: Graph, coordinates: Array, value: Float[Array, "cells dims"]) -> Float[Array, "cells dims"]:
@@ -238,7 +169,7 @@ def _held_out_error(
 
     Held-out cells take no part in any mean. Where none of the others is near, the mean of all is the prediction.
     """
-    walk, stay = _walk(op._graph(x, graph, batch), x)
+    walk, stay = walk_of(neighborhood(op.pattern, x, graph, batch), x)
     held = fold == number
     x = x - x.mean(0)
     total = (x**2).sum()
@@ -270,5 +201,5 @@ def _principal_axes(features: np.ndarray, n_comps: int) -> tuple[np.ndarray, np.
 def _features(
     op: SpatialDomains, x: Array, coordinates: Array | None, graph: Graph | None, batch: Array | None
 ) -> Array:
-    near = op._graph(x, graph, batch)
-    return op._averages(x, coordinates, near, *_walk(near, x))
+    near = neighborhood(op.pattern, x, graph, batch)
+    return op._averages(x, coordinates, near, *walk_of(near, x))

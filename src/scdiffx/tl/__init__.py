@@ -5,6 +5,7 @@ from scdiffx.tl._annotate import annotate
 from scdiffx.tl._annotation_model import AnnotationModel, annotation_model
 from scdiffx.tl._archetypes import archetypes
 from scdiffx.tl._attribution import attribution
+from scdiffx.tl._communication import communication
 from scdiffx.tl._differential_distribution import differential_distribution
 from scdiffx.tl._diffmap import diffmap
 from scdiffx.tl._fate_probabilities import fate_probabilities
@@ -36,6 +37,7 @@ __all__ = [
     "annotation_model",
     "archetypes",
     "attribution",
+    "communication",
     "differential_distribution",
     "diffmap",
     "dpt",

@@ -28,6 +28,7 @@ def align_slices(
     batch_key: str,
     *,
     reference: str | None = None,
+    overlap: float = 1.0,
     alpha: float = 0.1,
     epsilon: float = 0.002,
     reflection: bool = False,
@@ -41,8 +42,8 @@ def align_slices(
     """Bring slices of tissue into one coordinate system by their expression and geometry.
 
     PASTE's pairwise alignment: a fused Gromov-Wasserstein coupling of each slice with the next, or of a reference with
-    all others, and the rotation and shift that it implies. Slices are not deformed. Every spot finds a partner, so
-    slices should show the same part of the tissue: partial overlap is not modelled, and there is no joint centre slice.
+    all others, or of a common centre with all, and the rotation and shift that it implies. Slices are not deformed.
+    Every spot finds a partner unless `overlap` says that slices show only in part the same tissue.
 
     Parameters
     ----------
@@ -52,7 +53,12 @@ def align_slices(
         Column of `obs` with the slice of each spot. Slices follow each other as its categories do.
     reference
         The slice that stays where it is, onto which all others are aligned. By default each is aligned onto the one
-        before it, and the first stays.
+        before it, and the first stays. With "center" (unless a slice has this name) all are aligned onto a centre
+        that has the places of the first slice and expression in common with all (PASTE's `center_align`).
+    overlap
+        Share of the mass of either slice that is coupled (PASTE2's s), greater than 0 and at most 1; the same for all
+        pairs. Of slices with n and m spots that have k in common, k over the larger of n and m. It has to be known, to
+        about a tenth and rather less than more: it is not estimated.
     alpha
         Weight of geometry against expression, greater than 0 and at most 1.
     epsilon
@@ -83,8 +89,11 @@ def align_slices(
         `slices`, their names; `rotation` (slices, dims, dims) and `shift` (slices, dims): a spot at s has come to
         ``rotation @ s + shift``. `pairs` (pairs, 2), the numbers of the slices that were coupled; for each, the
         `objective` (fused Gromov-Wasserstein, entropy left out), the `steps` and the `error` of the solver. `plan`, the
-        couplings as one sparse matrix (groups x groups; each coupling sums to 1; entries below 1e-4 of the largest in
-        their row are left out), and `group`, the row of each spot: its own number where nothing was pooled. `params`.
+        couplings as one sparse matrix (groups x groups; each coupling sums to 1 or `overlap`; entries below 1e-4 of the
+        largest in their row, and of what is mean, are left out), and `group`, the row of each spot: its own number
+        where nothing was pooled. `params`. With a centre, pairs are of the first slice's places with all slices, and
+        `center` holds for each of these places the `expression` (places, genes), as shares of the genes with the
+        pseudocount, the `spatial` coordinates, and the `group`, its row of `plan`.
 
     Raises
     ------
@@ -106,30 +115,35 @@ def align_slices(
     cost little, and the start with the lowest objective is taken. In a plan `alpha` and `epsilon` can be learned;
     derivatives in expression and coordinates are those of the stationary point, implicit, at fixed groups.
 
+    PASTE takes the centre's expression from a factorisation of the mean that couplings bring to it; here it is the mean
+    of shares itself, for which no rank has to be chosen.
+
     References
     ----------
-    Zeira et al. (2022), Alignment and integration of spatial transcriptomics data. Vayer et al. (2020), Fused
+    Zeira et al. (2022), Alignment and integration of spatial transcriptomics data. Liu, Zeira and Raphael (2023),
+    Partial alignment of multislice spatially resolved transcriptomics data. Vayer et al. (2020), Fused
     Gromov-Wasserstein distance for structured objects.
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     names = _slices(data, batch_key)
-    if reference is not None and reference not in names:
+    if reference not in (None, "center", *names):
         raise KeyError(f"reference={reference!r} is not a slice. Available: {available(names)}")
-    _check_settings(alpha, epsilon, max_spots, max_iter)
+    _check_settings(overlap, alpha, epsilon, max_spots, max_iter)
     spatial = Obsm(spatial_key)
     if not (adata.has(spatial) if isinstance(adata, Plan) else spatial.exists(data)):
         raise KeyError(f"spatial_key={spatial_key!r} is not in `adata.obsm`. Available: {available(data.obsm.keys())}")
     op = ops.AlignSlices(
         alpha=float(alpha),
         epsilon=float(epsilon),
-        reference=None if reference is None else names.index(reference),
+        overlap=None if overlap == 1 else float(overlap),
+        reference=names.index(reference) if reference in names else None if reference is None else "center",
         reflection=reflection,
-        max_spots=max_spots,
-        max_iter=max_iter,
+        limits=ops.SliceLimits(max_spots=max_spots, max_iter=max_iter),
     )
     params = {
         "batch_key": batch_key,
         "spatial_key": spatial_key,
+        "overlap": float(overlap),
         "alpha": float(alpha),
         "epsilon": float(epsilon),
         "reflection": reflection,
@@ -149,6 +163,8 @@ def align_slices(
             "plan": plan,
             "group": group,
         }
+        if result.center is not None:
+            entry["center"] = _center(op.groups, np.asarray(result.center), group, np.asarray(args[1]))
         return {Uns(key_added): entry}
 
     def check(op: ops.AlignSlices, result: ops.AlignSlicesResult) -> None:
@@ -193,7 +209,9 @@ def _slices(data: AnnData, batch_key: str) -> list[Any]:
     return list(column.cat.categories)
 
 
-def _check_settings(alpha: float, epsilon: float, max_spots: int, max_iter: int) -> None:
+def _check_settings(overlap: float, alpha: float, epsilon: float, max_spots: int, max_iter: int) -> None:
+    if not 0 < overlap <= 1:
+        raise ValueError(f"overlap={overlap!r} must be greater than 0 and at most 1")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must be greater than 0 and at most 1")
     if not (math.isfinite(epsilon) and epsilon > 0):
@@ -215,10 +233,26 @@ def _coupled(groups: ops.SliceGroups, plans: np.ndarray) -> tuple[sp.csr_matrix,
     rows, columns, values = [], [], []
     for (a, b), plan in zip(np.asarray(groups.pairs), plans, strict=True):
         here, there = at[a * places : (a + 1) * places], at[b * places : (b + 1) * places]
-        kept = (plan > _LEAST * plan.max(axis=1, keepdims=True)) & (here >= 0)[:, None] & (there >= 0)
+        # Rows that are left out hold next to nothing, of which no entry counts.
+        least = _LEAST * np.maximum(plan.max(axis=1, keepdims=True), plan.sum(axis=1).mean() / places)
+        kept = (plan > least) & (here >= 0)[:, None] & (there >= 0)
         i, j = np.nonzero(kept)
         rows.append(here[i])
         columns.append(there[j])
         values.append(plan[kept])
     entries = (np.concatenate(values).astype(np.float32), (np.concatenate(rows), np.concatenate(columns)))
     return sp.csr_matrix(entries, shape=(len(used), len(used))), rank[inverse]
+
+
+def _center(groups: ops.SliceGroups, center: np.ndarray, group: np.ndarray, spatial: np.ndarray) -> dict[str, Any]:
+    """The centre's expression and coordinates, where the first slice has spots."""
+    place = np.asarray(groups.group)
+    here = np.flatnonzero(place < groups.log_weight.shape[1])
+    used, first, inverse = np.unique(place[here], return_index=True, return_inverse=True)
+    where = np.stack([np.bincount(inverse, v) for v in spatial[here].T], axis=1) / np.bincount(inverse)[:, None]
+    order = np.argsort(group[here[first]])
+    return {
+        "expression": center[used[order]].astype(np.float32),
+        "spatial": where[order],
+        "group": group[here[first]][order],
+    }

@@ -178,7 +178,8 @@ def test_a_fit_moves_components_and_temperature(pbmc: ad.AnnData, tmp_path: Path
     loss = sd.losses.cross_entropy("kmeans_probabilities", "cell_type")
     fitted = sd.fit(plan, loss, n_steps=10, refresh_every=5, progress=False)
     assert np.isfinite(fitted.history["train"]).all()
-    assert fitted.history["train"][-1] < fitted.history["train"][0]
+    # New centers at a refresh can raise the loss, so the last step need not be the lowest.
+    assert min(fitted.history["train"]) < fitted.history["train"][0] - 0.01
     assert sorted(fitted.params) == ["kmeans.temperature", "pca.scale", "pca.shift"]
     found = fitted.apply(raw, copy=True).obs["kmeans"]
     assert found.nunique() == 10

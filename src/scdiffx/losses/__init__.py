@@ -98,6 +98,8 @@ def time_order(output: str, target: str, *, temperature: float = 0.1) -> Loss:
 def cross_entropy(output: str, target: str) -> Loss:
     """Cross-entropy of a linear readout of an output against labels; the readout is learned with the plan.
 
+    It starts at logistic regression on the standardised output of the unfitted plan, with scikit-learn's penalty.
+
     Parameters
     ----------
     output

@@ -71,6 +71,15 @@ def test_test_cells_are_judged_and_take_no_part(data):
     assert drawn.losses == one.losses
 
 
+def test_cells_without_labels_cannot_choose_and_have_no_test_loss(data):
+    unknown = data.obs["label"].isna().to_numpy()
+    fitted = sd.fit(projection(data), LABELS, n_steps=1, test=unknown, **QUIET)
+    assert np.isnan(fitted.losses["test_before"])
+    assert fitted.report()["test"].isna().all()
+    with pytest.raises(ValueError, match="no held-out cell has a value in 'label'"):
+        sd.fit(projection(data), LABELS, n_steps=1, holdout=unknown, **QUIET)
+
+
 def test_minibatches_of_all_cells_are_the_whole(data):
     """One batch an epoch, of all training cells, takes the steps of a fit without minibatches."""
     train = int(three_ways(data, LABELS, 0.2, 0.2, seed=0).train.sum())

@@ -43,7 +43,9 @@ class Program:
         """
         if not plan.steps:
             raise ValueError("the plan is empty: call functions of `sd.pp` and `sd.tl` on it first")
-        ops, inputs, values = plan.run()
+        # The plan starts as it would without the scope of double precision, in which its steps decide by their inputs.
+        with jax.enable_x64(False) if dtype == jnp.float64 else contextlib.nullcontext():
+            ops, inputs, values = plan.run()
         ops = [_cast(op, dtype) for op in ops]
         learned = select(parameter_names(plan, ops), learn)
         if not learned:

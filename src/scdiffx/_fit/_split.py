@@ -10,7 +10,7 @@ from scdiffx._fit._objective import labels_of
 from scdiffx._slots import Obs
 from scdiffx.losses import Loss
 
-__all__ = ["Split", "three_ways"]
+__all__ = ["Split", "known", "three_ways"]
 
 
 class Split(NamedTuple):
@@ -38,6 +38,9 @@ def three_ways(adata: Any, loss: Loss, holdout: Any, test: Any, seed: int) -> Sp
                 raise ValueError(f"{name}={given[name]!r} of {adata.n_obs} cells is less than one cell")
             free = free & ~value
         found[name] = value
+    labels = labels_of(loss, adata)
+    if labels is not None and isinstance(found["holdout"], np.ndarray) and not known(labels[1])[found["holdout"]].any():
+        raise ValueError(f"no held-out cell has a value in {labels[0].target!r}: nothing can be chosen by them")
     if not free.any():
         raise ValueError("no cell is left to train on: holdout and test take all")
     return Split(free, found["holdout"], found["test"])
@@ -60,6 +63,11 @@ def _given(adata: Any, name: str, value: Any) -> np.ndarray | Loss | float | Non
     if mask.all() or not mask.any():
         raise ValueError(f"{name} keeps out {mask.sum()} of {adata.n_obs} cells; both groups need cells")
     return mask
+
+
+def known(labels: np.ndarray) -> np.ndarray:
+    """Which cells have a label or a number."""
+    return labels >= 0 if labels.dtype.kind in "iu" else np.isfinite(labels)
 
 
 def _units(loss: Loss, adata: Any) -> np.ndarray:

@@ -188,7 +188,8 @@ def direct_predictor(plan: Plan, loss: Loss, split: Split, embeddings: Mapping[S
         return {name: _cross_entropy(predicted, labels, mask) for name, mask in parts.items()}
     value = jnp.asarray(predicted, jnp.float32)
     target = jnp.asarray(labels, jnp.float32)
-    return {name: float(term(value, target, jnp.asarray(mask))) for name, mask in parts.items()}
+    there = {name: mask & np.isfinite(labels) for name, mask in parts.items()}
+    return {name: float(term(value, target, jnp.asarray(m))) if m.any() else float("nan") for name, m in there.items()}
 
 
 def _nearest_labels(z: np.ndarray, known: np.ndarray, labels: np.ndarray, by_class: bool) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
-from scdiffx._slots import Genes, Obs, Obsm, Slot, Uns, X, available, check_batch, matrix_of
+from scdiffx._slots import Genes, Obs, Obsm, Slot, Uns, X, available, check_batch, check_finite, matrix_of
 from scdiffx._steps import Plan, Step, Write, apply, public
 from scdiffx.tl._ligrec_input import columns_of, neighbour_slot, pairs_of
 
@@ -235,6 +235,7 @@ def _targets(
         matrix = matrix_of(data, layer)
     except KeyError:  # an earlier step of the plan will write the layer
         matrix = matrix_of(data, None)
+    check_finite(matrix, data.obs_names, data.var_names)
     square = matrix.multiply(matrix) if hasattr(matrix, "multiply") else np.square(matrix)
     variance = np.asarray(square.mean(0)).ravel() - np.asarray(matrix.mean(0)).ravel() ** 2
     variance[list(columns)] = -np.inf

@@ -114,8 +114,12 @@ class Run:
             program = program.refreshed(params["plan"])
         if any(self.objectives[name].has_structure(part) for name, part in given.items()):
             values = self._values(program.with_params(params["plan"]), program.frozen)
-            at = given["train"]
-            given = {name: self.objectives[name].restructured(part, values, at) for name, part in given.items()}
+            found: dict[int, Part] = {}
+            for name, part in given.items():
+                objective = self.objectives[name]
+                if id(objective) not in found:
+                    found[id(objective)] = objective.restructured(part, values, given["train"])
+            given = {n: p._replace(terms=found[id(self.objectives[n])].terms) for n, p in given.items()}
         return program, given
 
     def optimise(self, how: Loop, checkpoint: Checkpoint | None) -> tuple[dict[str, list[float]], Params]:

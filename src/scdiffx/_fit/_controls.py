@@ -12,7 +12,7 @@ import numpy as np
 
 from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import ensure_cache
-from scdiffx._fit._objective import Objective, labels_of
+from scdiffx._fit._objective import check_arguments, labels_of, parts_of
 from scdiffx._fit._split import Split, three_ways
 from scdiffx._log import progress_bar
 from scdiffx._slots import Slot
@@ -92,10 +92,7 @@ def grid(
     import pandas as pd
 
     ensure_cache()
-    if not isinstance(plan, Plan):
-        raise TypeError(f"`plan` must come from `sd.plan(adata)`, got {type(plan).__name__}")
-    if budget is not None and budget < 1:
-        raise ValueError(f"budget={budget!r} must be at least 1")
+    check_arguments(plan, loss, budget=budget)
     places = {name: _place(plan, name) for name in values}
     seed = as_seed(rng)
     split = three_ways(plan.adata, loss, holdout, test, seed)
@@ -149,17 +146,8 @@ def _judged(plan: Plan, loss: Loss, split: Split) -> dict[str, float]:
     """The losses of a plan as it is."""
     _, inputs, values = plan.run()
     everything = inputs | values
-    main = Objective(loss, plan, everything)
-    train = main.prepared(everything, split.train)
-    found = {"train": float(main.value(everything, train))}
-    for name in ("holdout", "test"):
-        by = getattr(split, name)
-        if isinstance(by, Loss):
-            other = Objective(by, plan, everything)
-            found[name] = float(other.value(everything, other.prepared(everything, split.train)))
-        elif by is not None:
-            found[name] = float(main.value(everything, train._replace(keep=jnp.asarray(by))))
-    return found
+    objectives, parts = parts_of(loss, split, plan, everything, everything)
+    return {name: float(objectives[name].value(everything, part)) for name, part in parts.items()}
 
 
 def direct_predictor(plan: Plan, loss: Loss, split: Split, embeddings: Mapping[Slot, np.ndarray]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import ensure_cache
 from scdiffx._fit._checkpoint import Checkpoint
 from scdiffx._fit._controls import direct_predictor
+from scdiffx._fit._objective import check_arguments
 from scdiffx._fit._split import three_ways
 from scdiffx._fit._training import Loop, Run
 from scdiffx._fitted import Fitted, flat
@@ -116,7 +117,7 @@ def fit(
     """
     ensure_cache()
     schedules = {} if schedules is None else dict(schedules)
-    _check_arguments(plan, loss, n_steps=n_steps, patience=patience, batch_size=batch_size)
+    check_arguments(plan, loss, n_steps=n_steps, patience=patience, batch_size=batch_size)
     if refresh_every < 0:
         raise ValueError(f"refresh_every={refresh_every!r} must not be negative")
     seed = as_seed(rng)
@@ -143,16 +144,6 @@ def fit(
     if progress:
         say(fitted.report().round(4).to_string())
     return fitted
-
-
-def _check_arguments(plan: Any, loss: Any, **counts: int | None) -> None:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"`plan` must come from `sd.plan(adata)`, got {type(plan).__name__}")
-    if not isinstance(loss, Loss):
-        raise TypeError(f"`loss` must come from `sd.losses`, got {type(loss).__name__}")
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value!r} must be at least 1")
 
 
 def _with_scheduled(plan: Plan, learn: str | Iterable[str] | None, schedules: Mapping[str, Any]) -> Any:

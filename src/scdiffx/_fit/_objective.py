@@ -14,7 +14,7 @@ from scdiffx._slots import Connectivities, Obs, Slot, X
 from scdiffx._steps import Plan, _cast, initialised, restructured
 from scdiffx.losses import Loss
 
-__all__ = ["Objective", "Part", "labels_of"]
+__all__ = ["Objective", "Part", "check_arguments", "labels_of", "parts_of"]
 
 
 class Part(NamedTuple):
@@ -91,6 +91,36 @@ class Objective:
         if not slot.exists(adata):
             raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(adata.obs)[:20]}")
         return slot.read(adata)
+
+
+def parts_of(
+    loss: Loss, split: Any, plan: Plan, written: Iterable[Slot], values: Mapping[Slot, Any]
+) -> tuple[dict[str, Objective], dict[str, Part]]:
+    """What each part of a split is judged by, and its terms and cells: "train", and "holdout" and "test" where given.
+
+    Parts of cells are judged by the training loss and share its terms.
+    """
+    main = Objective(loss, plan, written)
+    objectives, parts = {"train": main}, {"train": main.prepared(values, split.train)}
+    for name in ("holdout", "test"):
+        by = getattr(split, name)
+        if isinstance(by, Loss):
+            objectives[name] = Objective(by, plan, written)
+            parts[name] = objectives[name].prepared(values, split.train)
+        elif by is not None:
+            objectives[name] = main
+            parts[name] = parts["train"]._replace(keep=jnp.asarray(by))
+    return objectives, parts
+
+
+def check_arguments(plan: Any, loss: Any, **counts: int | None) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"`plan` must come from `sd.plan(adata)`, got {type(plan).__name__}")
+    if not isinstance(loss, Loss):
+        raise TypeError(f"`loss` must come from `sd.losses`, got {type(loss).__name__}")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} must be at least 1")
 
 
 def _graph_of(term: Any) -> Connectivities | None:

@@ -12,7 +12,7 @@ import numpy as np
 from scdiffx._core.fields import learnables
 from scdiffx._fit._checkpoint import Checkpoint
 from scdiffx._fit._minibatches import Minibatches
-from scdiffx._fit._objective import Objective, Part, labels_of
+from scdiffx._fit._objective import Objective, Part, labels_of, parts_of
 from scdiffx._fit._split import Split, known
 from scdiffx._log import progress_bar
 from scdiffx._program import Program
@@ -60,32 +60,22 @@ class Run:
 
     def __init__(self, program: Program, loss: Loss, split: Split) -> None:
         self.program = program
-        self.objectives: dict[str, Objective] = {}
         self._values = jax.jit(program.evaluate)
         values = self._values(program.ops, program.frozen)
-        main = Objective(loss, program.plan, program.written)
-        train = main.prepared(values, split.train)
+        self.objectives, self.given = parts_of(loss, split, program.plan, program.written, values)
+        for name, objective in self.objectives.items():
+            if objective is not self.objectives["train"]:
+                _without_readout(name, self.given[name])
         # What the unfitted plan makes of the cells, for predictions of the same labels.
         self.embeddings: dict[Slot, np.ndarray] = {
             s: np.asarray(v) for s, v in (program.frozen | values).items() if isinstance(s, Obsm)
         }
-        self.objectives["train"] = main
-        self.given: Parts = {"train": train}
-        for name in ("holdout", "test"):
-            by = getattr(split, name)
-            if isinstance(by, Loss):
-                self.objectives[name] = Objective(by, program.plan, program.written)
-                self.given[name] = self.objectives[name].prepared(values, split.train)
-                _without_readout(name, self.given[name])
-            elif by is not None:
-                self.objectives[name] = main
-                self.given[name] = train._replace(keep=jnp.asarray(by))
         labels = labels_of(loss, program.plan.adata)
         # Without a label among them the test cells would seem to have no error.
         self.unknown = (
             labels is not None and isinstance(split.test, np.ndarray) and not known(labels[1])[split.test].any()
         )
-        self.start: Params = {"plan": program.start(), "loss": main.readouts(train)}
+        self.start: Params = {"plan": program.start(), "loss": Objective.readouts(self.given["train"])}
         self._step = jax.jit(jax.value_and_grad(self._losses, has_aux=True))
         self.judged = jax.jit(lambda *args: self._losses(*args)[1])
         self.settled = program.settled()

@@ -169,10 +169,7 @@ def molecular_cross_validation(output: str, layer: str, *, scale: str = "linear"
     background
         Share of the mean profile, in (0, 1): without it one molecule of a gene predicted to be absent costs infinity.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is not available. Available: {list(SCALES)}")
-    if not 0 < background < 1:
-        raise ValueError(f"background={background!r} must lie between 0 and 1")
+    _check_rate(scale, background)
     term = MolecularCrossValidation(output=output, target=layer, scale=scale, background=float(background))
     return Loss(((1.0, term),))
 
@@ -197,10 +194,7 @@ def masked_reconstruction(
     background
         Share of the genes' means that is mixed in, in (0, 1).
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is not available. Available: {list(SCALES)}")
-    if not 0 < background < 1:
-        raise ValueError(f"background={background!r} must lie between 0 and 1")
+    _check_rate(scale, background)
     term = MaskedReconstruction(output=output, target=layer, scale=scale, background=float(background))
     return Loss(((1.0, term),))
 
@@ -307,3 +301,10 @@ def entropy(output: str, *, of: str = "cells") -> Loss:
     if of not in ("cells", "groups"):
         raise ValueError(f"of={of!r} is not available. Available: ['cells', 'groups']")
     return Loss(((1.0, Entropy(output=output, of=of)),))
+
+
+def _check_rate(scale: str, background: float) -> None:
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is not available. Available: {list(SCALES)}")
+    if not 0 < background < 1:
+        raise ValueError(f"background={background!r} must lie between 0 and 1")

@@ -13,10 +13,10 @@ from scdiffx._core.fields import buffer, operator, replace, static
 from scdiffx._core.graph import Graph
 from scdiffx.losses._terms import masked_mean
 
-__all__ = ["BatchMixing", "Compactness", "Entropy", "Modularity"]
+__all__ = ["MOST_REFERENCES", "BatchMixing", "Compactness", "Entropy", "Modularity", "nearest_others"]
 
-# Cells among which the neighbours for mixing are looked up, and the fewest that are taken of a batch.
-_MOST_REFERENCES = 20_000
+# Cells among which neighbours are looked up, and the fewest that are taken of a batch.
+MOST_REFERENCES = 20_000
 _FEWEST = 3
 
 
@@ -43,16 +43,16 @@ class BatchMixing:
         if len(names) < 2:
             raise ValueError(f"{self.target!r} needs at least two batches among the training cells, found {len(names)}")
         shares = np.asarray([(codes[known] == name).mean() for name in names])
-        lists = []
+        lists, every = [], np.arange(len(codes))
         for name, share in zip(names, shares, strict=True):
             among = np.flatnonzero(known & (codes == name))
-            most = max(int(_MOST_REFERENCES * share), _FEWEST)
+            most = max(int(MOST_REFERENCES * share), _FEWEST)
             if len(among) > most:
                 among = np.sort(np.random.default_rng(0).choice(among, most, replace=False))
             count = min(max(round(self.n_neighbors * share), _FEWEST), len(among) - 1)
             if count < 1:
                 raise ValueError(f"{self.target!r}: batch {name} has {len(among)} training cells; it needs at least 2")
-            lists.append(_nearest_others(np.asarray(value), among, count))
+            lists.append(nearest_others(np.asarray(value), every, among, every, count))
         batches = np.repeat(names, [found.shape[1] for found in lists])
         return replace(self, neighbors=jnp.asarray(np.concatenate(lists, 1), jnp.int32), batches=jnp.asarray(batches))
 
@@ -72,16 +72,16 @@ class BatchMixing:
         return 1 - (mixing - 1) / (1 / same.mean() - 1)
 
 
-def _nearest_others(z: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
-    """For every cell, the `count` nearest of the cells `among`, itself excluded."""
+def nearest_others(z: np.ndarray, at: np.ndarray, among: np.ndarray, but: np.ndarray, count: int) -> np.ndarray:
+    """For each cell of `at`, the `count` nearest of the cells `among` other than its one in `but`."""
     from sklearn.neighbors import NearestNeighbors
 
     usable = np.where(np.isfinite(z), z, 0)
-    found = among[NearestNeighbors(n_neighbors=count + 1).fit(usable[among]).kneighbors(usable)[1]]
-    own = found == np.arange(len(z))[:, None]
-    # Where the cell itself is not in the list (one of another batch), the farthest goes instead.
+    found = among[NearestNeighbors(n_neighbors=count + 1).fit(usable[among]).kneighbors(usable[at])[1]]
+    own = found == but[:, None]
+    # Where that one is not in the list (it is of another batch, say), the farthest goes instead.
     own[:, -1] |= ~own.any(1)
-    return found[~own].reshape(len(z), count)
+    return np.asarray(found[~own].reshape(len(at), count))
 
 
 @operator

@@ -11,13 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from scdiffx._core.counts import Counts, row_sums, rows_to_values, values_at
 from scdiffx._core.fields import buffer, operator, replace, static
-from scdiffx.losses._terms import SCALES, masked_mean, same_shape
+from scdiffx.losses._groups import MOST_REFERENCES, nearest_others
+from scdiffx.losses._terms import TINY, deviance_per_molecule, linear_rate, masked_mean, same_shape
 
 __all__ = ["Budget", "MaskedReconstruction", "ReplicateConsistency"]
 
-_TINY = 1e-30
-# Cells of the other half among which near ones are looked up.
-_MOST_REFERENCES = 20_000
 # Squared distances below this share of the near cells' are as good as 0.
 _FLOOR = 0.01
 
@@ -49,14 +47,12 @@ class MaskedReconstruction:
         if not isinstance(target, Counts):
             raise TypeError(f"the layer {self.target!r} must be sparse: its stored entries say which are hidden")
         there = target.row < target.block_rows
-        rate = jnp.maximum(SCALES[self.scale](jnp.maximum(values_at(target, value), 0)), 0)
+        rate = linear_rate(values_at(target, value), self.scale)
         share = self._shares(target, jnp.where(there, rate, 0), keep)
-        size = row_sums(target)
         # The totals of the hidden entries of a cell are given, so that only their shares are judged.
-        explained = row_sums(target.with_data(jax.scipy.special.xlogy(target.data, jnp.maximum(share, _TINY))))
+        explained = row_sums(target.with_data(jax.scipy.special.xlogy(target.data, jnp.maximum(share, TINY))))
         own = row_sums(target.with_data(jax.scipy.special.xlogy(target.data, target.data)))
-        deviance = 2 * (own - explained - jax.scipy.special.xlogy(size, size))
-        return jnp.where(keep, deviance, 0).sum() / jnp.maximum(jnp.where(keep, size, 0).sum(), 1)
+        return deviance_per_molecule(own, explained, row_sums(target), keep)
 
     def _shares(self, target: Counts, rate: Array, keep: Array) -> Array:
         """Of each hidden entry in those of its cell, mixed with the share that the gene's mean has in them."""
@@ -70,7 +66,7 @@ class MaskedReconstruction:
         sums = jnp.zeros(genes, rate.dtype).at[target.column].add(rate * kept, mode="drop")
         number = jnp.zeros(genes, rate.dtype).at[target.column].add(kept, mode="drop")
         mean = sums / jnp.maximum(number, 1)
-        mean = mean + mean.mean() / genes + _TINY
+        mean = mean + mean.mean() / genes + TINY
         there = target.row < target.block_rows
         typical = normed(jnp.where(there, mean.at[target.column].get(mode="fill", fill_value=0), 0))
         share = normed(rate)
@@ -97,7 +93,7 @@ class ReplicateConsistency:
         if value.ndim != 2:
             raise ValueError(f"{self.output!r} has shape {value.shape}: an array (cells, dims) is needed")
         twin, first = _twins(np.asarray(target))
-        z = np.where(np.isfinite(value), value, 0)
+        z = np.asarray(value)
         others = np.zeros((len(twin), 2 * self.n_neighbors), np.int32)
         rng = np.random.default_rng(0)
         for half in (first, ~first):
@@ -105,10 +101,10 @@ class ReplicateConsistency:
             among = np.flatnonzero(~half & (twin >= 0) & np.asarray(keep))
             if len(among) <= 2 * self.n_neighbors:
                 raise ValueError(f"{self.target!r} pairs {len(among)} training cells; n_neighbors needs twice as many")
-            if len(among) > _MOST_REFERENCES:
-                among = np.sort(rng.choice(among, _MOST_REFERENCES, replace=False))
+            if len(among) > MOST_REFERENCES:
+                among = np.sort(rng.choice(among, MOST_REFERENCES, replace=False))
             here = np.flatnonzero(half)
-            near = _nearest(z[among], z[here], among, twin[here], self.n_neighbors)
+            near = nearest_others(z, here, among, twin[here], self.n_neighbors)
             distant = among[rng.integers(0, len(among), (len(here), self.n_neighbors))]
             others[here] = np.concatenate([near, distant], 1)
         return replace(self, twin=jnp.asarray(twin, jnp.int32), others=jnp.asarray(others))
@@ -147,13 +143,3 @@ def _twins(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     twin[members] = members[:, ::-1]
     first[members[:, 1]] = False
     return twin, first
-
-
-def _nearest(z: np.ndarray, at: np.ndarray, among: np.ndarray, twin: np.ndarray, count: int) -> np.ndarray:
-    """For each point the `count` nearest cells that are not its twin."""
-    from sklearn.neighbors import NearestNeighbors
-
-    found = among[NearestNeighbors(n_neighbors=count + 1).fit(z).kneighbors(at)[1]]
-    own = found == twin[:, None]
-    own[:, -1] |= ~own.any(1)
-    return np.asarray(found[~own].reshape(len(at), count))

@@ -15,11 +15,14 @@ from scdiffx._core.fields import buffer, learnable, operator, replace, static
 __all__ = [
     "L1",
     "SCALES",
+    "TINY",
     "Correlation",
     "CrossEntropy",
     "MolecularCrossValidation",
     "Reconstruction",
     "TimeOrder",
+    "deviance_per_molecule",
+    "linear_rate",
     "masked_mean",
     "proportions",
     "same_shape",
@@ -206,23 +209,33 @@ class MolecularCrossValidation:
         share = proportions(value, keep, self.scale, self.background)
         size = row_sums(target)
         if isinstance(target, Counts):
-            log_share = jnp.where(target.data > 0, jnp.log(jnp.maximum(values_at(target, share), _TINY)), 0)
+            log_share = jnp.where(target.data > 0, jnp.log(jnp.maximum(values_at(target, share), TINY)), 0)
             explained = row_sums(target.with_data(target.data * log_share))
             own = row_sums(target.with_data(jax.scipy.special.xlogy(target.data, target.data)))
         else:
             explained = jax.scipy.special.xlogy(target, share).sum(1)
             own = jax.scipy.special.xlogy(target, target).sum(1)
-        # Expected and observed totals of a cell are equal, so they cancel in the deviance.
-        deviance = 2 * (own - explained - jax.scipy.special.xlogy(size, size))
-        return jnp.where(keep, deviance, 0).sum() / jnp.maximum(jnp.where(keep, size, 0).sum(), 1)
+        return deviance_per_molecule(own, explained, size, keep)
 
 
-_TINY = 1e-30
+TINY = 1e-30
+
+
+def deviance_per_molecule(own: Array, explained: Array, size: Array, keep: Array) -> Array:
+    """Poisson deviance of the kept cells over their molecules, from cells' sums of ``n log n`` and ``n log share``."""
+    # Expected and observed totals of a cell are equal, so they cancel in the deviance.
+    deviance = 2 * (own - explained - jax.scipy.special.xlogy(size, size))
+    return jnp.where(keep, deviance, 0).sum() / jnp.maximum(jnp.where(keep, size, 0).sum(), 1)
+
+
+def linear_rate(value: Array, scale: str) -> Array:
+    """Values brought to the linear scale, cut at 0."""
+    return jnp.maximum(SCALES[scale](jnp.maximum(value, 0)), 0)
 
 
 def proportions(value: Array, keep: Array, scale: str, background: float) -> Array:
     """Rows as positive shares of the genes: on the linear scale, mixed with the mean profile of the cells kept."""
-    rate = jnp.maximum(SCALES[scale](jnp.maximum(value, 0)), 0)
+    rate = linear_rate(value, scale)
     total = rate.sum(1, keepdims=True)
     share = rate / jnp.where(total > 0, total, 1)
     # A gene that no cell has gets a share of its own, small as it is.

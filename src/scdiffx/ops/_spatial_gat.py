@@ -108,8 +108,7 @@ class SpatialAutoencoder:
         batch: Int[Array, " cells"] | None = None,
     ) -> SpatialDomainsResult:
         near = neighborhood(self.pattern, x, graph, batch)
-        embedding = encoded(self._net(x), near, x, self.clusters, self.training.alpha)
-        return domains(self.mixture, embedding, *walk_of(near, x), self.settings.n_refine)
+        return domains(self.mixture, self._embedding(x, near), *walk_of(near, x), self.settings.n_refine)
 
     def loss(
         self,
@@ -120,11 +119,14 @@ class SpatialAutoencoder:
         key: Array | None = None,
     ) -> Array:
         """What training lowers: the mean squared error at the share `masked` of the cells, drawn from `key`."""
-        net, near = self._net(x), neighborhood(self.pattern, x, graph, batch)
+        near = neighborhood(self.pattern, x, graph, batch)
         key = jax.random.key(0) if key is None else key
         hidden = jax.random.uniform(key, x.shape[:1]) < self.training.masked
-        z = encoded(net, near, x, self.clusters, self.training.alpha, ~hidden)
-        return jnp.where(hidden, errors(net, z, x), 0).sum() / jnp.maximum(hidden.sum(), 1)
+        z = self._embedding(x, near, ~hidden)
+        return jnp.where(hidden, errors(self._net(x), z, x), 0).sum() / jnp.maximum(hidden.sum(), 1)
+
+    def _embedding(self, x: Array, near: Graph, shown: Array | None = None) -> Array:
+        return encoded(self._net(x), near, x, self.clusters, self.training.alpha, shown)
 
     def _net(self, like: Any) -> Net:
         if self.net is None:
@@ -136,4 +138,4 @@ class SpatialAutoencoder:
 
 @jax.jit
 def _embedded(op: SpatialAutoencoder, x: Array, graph: Graph | None, batch: Array | None) -> Array:
-    return encoded(op._net(x), neighborhood(op.pattern, x, graph, batch), x, op.clusters, op.training.alpha)
+    return op._embedding(x, neighborhood(op.pattern, x, graph, batch))

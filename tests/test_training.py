@@ -140,6 +140,16 @@ def test_a_fit_goes_on_from_its_checkpoint(data, tmp_path, batch_size):
         sd.fit(projection(data), LABELS, n_steps=8, rng=1, checkpoint=tmp_path / "fit", **settings)
 
 
+def test_a_checkpoint_remembers_the_best_step(data, tmp_path):
+    """Downhill for two steps, then uphill: what is kept lies before the state was saved."""
+    settings = {**QUIET, "refresh_every": 3, "optimizer": optax.adam(lambda count: 0.02 - 0.04 * (count >= 2))}
+    whole = sd.fit(projection(data), LABELS, n_steps=6, **settings)
+    assert int(np.argmin(whole.history["holdout"])) == 2
+    sd.fit(projection(data), LABELS, n_steps=4, checkpoint=tmp_path / "fit", **settings)
+    resumed = sd.fit(projection(data), LABELS, n_steps=6, checkpoint=tmp_path / "fit", **settings)
+    np.testing.assert_array_equal(resumed.params["pca.shift"], whole.params["pca.shift"])
+
+
 @pytest.mark.slow
 def test_molecules_choose_and_judge(data):
     """A loss on other molecules in place of held-out cells."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ class Program:
     """The part of a plan that depends on what is learned.
 
     ``ops`` are all operators as initialised; ``learned`` the names of the parameters that move; ``active`` the
-    positions that are evaluated anew; ``frozen`` the values that the active steps read from elsewhere.
+    positions that are evaluated anew; ``frozen`` the values that the active steps read from elsewhere; ``found`` what
+    the plan's own run made of every slot.
     """
 
     plan: Plan
@@ -34,6 +35,7 @@ class Program:
     active: list[int]
     frozen: dict[Slot, Any]
     dtype: Any = jnp.float32
+    found: dict[Slot, Any] = field(default_factory=dict)
 
     @classmethod
     def build(cls, plan: Plan, learn: str | Iterable[str] | None = None, dtype: Any = jnp.float32) -> Program:
@@ -51,7 +53,7 @@ class Program:
         if not learned:
             raise ValueError("nothing to learn: no step of the plan has a learnable parameter")
         active = _active(plan, learned)
-        return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values, dtype), dtype)
+        return cls(plan, ops, learned, active, _frozen(plan, active, inputs, values, dtype), dtype, values)
 
     @classmethod
     def between(
@@ -157,12 +159,20 @@ class Program:
         ops = self.with_params(params)
         used, inputs, values = self.plan.run(ops=ops, prepare=restructured)
         used = [_cast(op, jnp.float32) for op in used]
-        return Program(self.plan, used, self.learned, self.active, _frozen(self.plan, self.active, inputs, values))
+        frozen = _frozen(self.plan, self.active, inputs, values)
+        return Program(self.plan, used, self.learned, self.active, frozen, found=values)
+
+    def values(self) -> dict[Slot, Any]:
+        """What :meth:`evaluate` gives at the operators as they are, from the run that initialised them."""
+        return self.frozen | {slot: _cast(self.found[slot], self.dtype) for slot in self._moved()}
 
     @property
     def written(self) -> set[Slot]:
         """The slots that every evaluation has a value for."""
-        return {w.slot for i in self.active for w in self.plan.steps[i].writes} | set(self.frozen)
+        return self._moved() | set(self.frozen)
+
+    def _moved(self) -> set[Slot]:
+        return {w.slot for i in self.active for w in self.plan.steps[i].writes}
 
     def settled(self) -> list[Any]:
         """The operators, with what does not move during a fit computed once where an operator can hold it.

@@ -128,7 +128,7 @@ def fit(
     # The optimiser is code and cannot be compared; its state and all that it worked on can.
     identity = repr((plan.calls, plan.adata.shape, loss, program.learned, how._replace(optimizer=None, n_steps=0)))
     history, best = run.optimise(how, None if checkpoint is None else Checkpoint(checkpoint, identity))
-    outcome = run.finish(best)
+    outcome = run.finish(best, batches=batch_size is not None)
     ops = outcome.program.with_params(outcome.params["plan"])
     fitted = Fitted(
         calls=list(plan.calls),

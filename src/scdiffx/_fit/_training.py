@@ -61,15 +61,13 @@ class Run:
     def __init__(self, program: Program, loss: Loss, split: Split) -> None:
         self.program = program
         self._values = jax.jit(program.evaluate)
-        values = self._values(program.ops, program.frozen)
+        values = program.values()
         self.objectives, self.given = parts_of(loss, split, program.plan, program.written, values)
         for name, objective in self.objectives.items():
             if objective is not self.objectives["train"]:
                 _without_readout(name, self.given[name])
         # What the unfitted plan makes of the cells, for predictions of the same labels.
-        self.embeddings: dict[Slot, np.ndarray] = {
-            s: np.asarray(v) for s, v in (program.frozen | values).items() if isinstance(s, Obsm)
-        }
+        self.embeddings: dict[Slot, np.ndarray] = {s: np.asarray(v) for s, v in values.items() if isinstance(s, Obsm)}
         labels = labels_of(loss, program.plan.adata)
         # Without a label among them the test cells would seem to have no error.
         self.unknown = (
@@ -79,6 +77,11 @@ class Run:
         self._step = jax.jit(jax.value_and_grad(self._losses, has_aux=True))
         self.judged = jax.jit(lambda *args: self._losses(*args)[1])
         self.settled = program.settled()
+
+    @property
+    def alike(self) -> bool:
+        """Whether all parts are cells judged by the training loss, so that judging one more costs a step nothing."""
+        return all(objective is self.objectives["train"] for objective in self.objectives.values())
 
     @property
     def chooser(self) -> str:
@@ -116,11 +119,13 @@ class Run:
         """The history, and the best iterate by the chooser."""
         return _Descent(self, how, checkpoint).run()
 
-    def finish(self, best: Params) -> Outcome:
+    def finish(self, best: Params, *, batches: bool = False) -> Outcome:
         """Compare the best iterate with the defaults, each on its own fresh structure, and keep the better."""
-        before = self.judged(self.start, self.settled, self.program.frozen, self.given)
+        # The compiled step has the losses of all parts then: the gradient costs less than compiling without it.
+        judged = (lambda *args: self._step(*args)[0][1]) if self.alike and not batches else self.judged
+        before = judged(self.start, self.settled, self.program.frozen, self.given)
         program, given = self.refreshed(self.program, best, self.given)
-        after = self.judged(best, program.settled(), program.frozen, given)
+        after = judged(best, program.settled(), program.frozen, given)
         losses = {f"{name}_before": float(value) for name, value in before.items()}
         losses |= {f"{name}_after": float(value) for name, value in after.items()}
         if self.unknown:
@@ -148,12 +153,12 @@ class _Descent:
         self.optimizer = optax.adam(LEARNING_RATE) if how.optimizer is None else how.optimizer
         self.update = jax.jit(lambda g, s, p: _apply_updates(self.optimizer, g, s, p))
         self.program, self.settled = run.program, run.settled
-        # What is judged at every step; the test part is judged at the end only.
-        self.given = {name: part for name, part in run.given.items() if name != "test"}
+        # What is judged at every step. The test part is looked at when the fit has ended, here or not.
+        self.given = {name: part for name, part in run.given.items() if name != "test" or run.alike}
         self.params = self._scheduled(run.start, 0)
         self.state = self.optimizer.init(self.params)
         self.best, self.best_value, self.best_step = self.params, np.inf, 0
-        self.history: dict[str, list[float]] = {"step": [], **{name: [] for name in self.given}}
+        self.history: dict[str, list[float]] = {"step": [], **{name: [] for name in self.given if name != "test"}}
         self.batches = None
         if how.batch_size is not None:
             self.batches = Minibatches(run.program, self.settled, self.given["train"], how.batch_size, how.seed)
@@ -185,8 +190,9 @@ class _Descent:
         self.params = self._scheduled(self.params, step)
         if self.batches is None:
             (_, found), grads = self.run_._step(self.params, self.settled, self.program.frozen, self.given)
-            self._check(step, {name: float(value) for name, value in found.items()}, grads)
-            self._note(step, {name: float(value) for name, value in found.items()})
+            seen = {name: float(value) for name, value in found.items() if name != "test"}
+            self._check(step, seen, grads)
+            self._note(step, seen)
         else:
             if step % EVERY == 0:
                 self._judge_all(step)
@@ -204,7 +210,7 @@ class _Descent:
 
     def _judge_all(self, step: int) -> None:
         found = self.run_.judged(self.params, self.settled, self.program.frozen, self.given)
-        self._note(step, {name: float(value) for name, value in found.items()})
+        self._note(step, {name: float(value) for name, value in found.items() if name != "test"})
 
     def _note(self, step: int, found: dict[str, float]) -> None:
         self.history["step"].append(step)

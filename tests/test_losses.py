@@ -5,9 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 import scdiffx as sd
+from helpers import pbmc_counts
+from scdiffx._slots import Obs
 from scdiffx.losses import Correlation, CrossEntropy, TimeOrder
 
 N = 200
@@ -108,3 +111,26 @@ def test_losses_add_and_scale():
         sd.losses.time_order("a", "b", temperature=0)
     with pytest.raises(ValueError, match="at least two labels"):
         CrossEntropy(output="z", target="t").init(jnp.ones((4, 2)), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+
+
+def test_times_may_be_ordered_categories_and_missing_ones_do_not_count():
+    adata = pbmc_counts(60, 50)
+    time = np.arange(60) % 3
+    missing = np.arange(60) % 7 == 0
+    names = np.array(["late", "early", "middle"])[time]
+    adata.obs["number"] = np.where(missing, np.nan, time)
+    adata.obs["numbers"] = pd.Categorical(adata.obs["number"])
+    adata.obs["ranked"] = pd.Categorical(
+        np.where(missing, None, names), categories=["late", "early", "middle"], ordered=True
+    )
+    adata.obs["names"] = names
+    found = [np.asarray(Obs(key).numbers(adata)) for key in ("number", "numbers", "ranked")]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.isnan(found[0][missing]).all()
+    plan = sd.plan(adata)
+    sd.pp.pca(plan, n_comps=2)
+    sd.pp.neighbors(plan)
+    sd.tl.pseudotime(plan, root=0)
+    with pytest.raises(ValueError, match=r"obs\['names'\] holds .* no order"):
+        sd.fit(plan, sd.losses.correlation("dpt_pseudotime", "names"), n_steps=1, progress=False)

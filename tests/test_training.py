@@ -75,7 +75,9 @@ def test_cells_without_labels_cannot_choose_and_have_no_test_loss(data):
     unknown = data.obs["label"].isna().to_numpy()
     fitted = sd.fit(projection(data), LABELS, n_steps=1, test=unknown, **QUIET)
     assert np.isnan(fitted.losses["test_before"])
-    assert fitted.report()["test"].isna().all()
+    grid = sd.grid(projection(data), LABELS, {"pca.n_comps": [3]}, test=unknown, progress=False)
+    assert np.isfinite(grid.table["holdout"]).all()
+    assert fitted.report(grid)["test"].isna().all()
     with pytest.raises(ValueError, match="no held-out cell has a value in 'label'"):
         sd.fit(projection(data), LABELS, n_steps=1, holdout=unknown, **QUIET)
 

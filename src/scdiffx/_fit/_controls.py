@@ -13,7 +13,7 @@ import numpy as np
 from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import ensure_cache
 from scdiffx._fit._objective import check_arguments, labels_of, parts_of
-from scdiffx._fit._split import Split, three_ways
+from scdiffx._fit._split import Split, blind, three_ways
 from scdiffx._log import progress_bar
 from scdiffx._slots import Slot
 from scdiffx._steps import Plan, replay
@@ -147,7 +147,8 @@ def _judged(plan: Plan, loss: Loss, split: Split) -> dict[str, float]:
     _, inputs, values = plan.run()
     everything = inputs | values
     objectives, parts = parts_of(loss, split, plan, everything, everything)
-    return {name: float(objectives[name].value(everything, part)) for name, part in parts.items()}
+    losses = {name: float(objectives[name].value(everything, part)) for name, part in parts.items()}
+    return losses | {"test": float("nan")} if blind(split, loss, plan.adata) else losses
 
 
 def direct_predictor(plan: Plan, loss: Loss, split: Split, embeddings: Mapping[Slot, np.ndarray]) -> dict[str, float]:

@@ -90,7 +90,12 @@ class Objective:
         slot = Obs(name)
         if not slot.exists(adata):
             raise KeyError(f"the target {name!r} is not in `adata.obs`. Available: {list(adata.obs)[:20]}")
-        return slot.read(adata)
+        return _column(term, adata)
+
+
+def _column(term: Any, adata: Any) -> Any:
+    slot = Obs(term.target)
+    return slot.numbers(adata) if getattr(term, "of_numbers", False) else slot.read(adata)
 
 
 def parts_of(
@@ -133,5 +138,5 @@ def labels_of(loss: Loss, adata: Any) -> tuple[Any, np.ndarray] | None:
     for _, term in loss.terms:
         of_column = not any(getattr(term, kind, False) for kind in ("of_graph", "of_matrix", "of_pairs"))
         if of_column and term.target is not None and Obs(term.target).exists(adata):
-            return term, np.asarray(Obs(term.target).read(adata))
+            return term, np.asarray(_column(term, adata))
     return None

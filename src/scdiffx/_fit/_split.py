@@ -10,7 +10,7 @@ from scdiffx._fit._objective import labels_of
 from scdiffx._slots import Obs
 from scdiffx.losses import Loss
 
-__all__ = ["Split", "known", "three_ways"]
+__all__ = ["Split", "blind", "three_ways"]
 
 
 class Split(NamedTuple):
@@ -68,6 +68,12 @@ def _given(adata: Any, name: str, value: Any) -> np.ndarray | Loss | float | Non
 def known(labels: np.ndarray) -> np.ndarray:
     """Which cells have a label or a number."""
     return labels >= 0 if labels.dtype.kind in "iu" else np.isfinite(labels)
+
+
+def blind(split: Split, loss: Loss, adata: Any) -> bool:
+    """Whether there are test cells and none of them has a label: they would seem to have no error."""
+    labels = labels_of(loss, adata)
+    return labels is not None and isinstance(split.test, np.ndarray) and not known(labels[1])[split.test].any()
 
 
 def _units(loss: Loss, adata: Any) -> np.ndarray:

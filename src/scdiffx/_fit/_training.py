@@ -12,8 +12,8 @@ import numpy as np
 from scdiffx._core.fields import learnables
 from scdiffx._fit._checkpoint import Checkpoint
 from scdiffx._fit._minibatches import Minibatches
-from scdiffx._fit._objective import Objective, Part, labels_of, parts_of
-from scdiffx._fit._split import Split, known
+from scdiffx._fit._objective import Objective, Part, parts_of
+from scdiffx._fit._split import Split, blind
 from scdiffx._log import progress_bar
 from scdiffx._program import Program
 from scdiffx._slots import Obsm, Slot
@@ -68,11 +68,7 @@ class Run:
                 _without_readout(name, self.given[name])
         # What the unfitted plan makes of the cells, for predictions of the same labels.
         self.embeddings: dict[Slot, np.ndarray] = {s: np.asarray(v) for s, v in values.items() if isinstance(s, Obsm)}
-        labels = labels_of(loss, program.plan.adata)
-        # Without a label among them the test cells would seem to have no error.
-        self.unknown = (
-            labels is not None and isinstance(split.test, np.ndarray) and not known(labels[1])[split.test].any()
-        )
+        self.blind = blind(split, loss, program.plan.adata)
         self.start: Params = {"plan": program.start(), "loss": Objective.readouts(self.given["train"])}
         self._step = jax.jit(jax.value_and_grad(self._losses, has_aux=True))
         self.judged = jax.jit(lambda *args: self._losses(*args)[1])
@@ -128,7 +124,7 @@ class Run:
         after = judged(best, program.settled(), program.frozen, given)
         losses = {f"{name}_before": float(value) for name, value in before.items()}
         losses |= {f"{name}_after": float(value) for name, value in after.items()}
-        if self.unknown:
+        if self.blind:
             losses |= dict.fromkeys(("test_before", "test_after"), float("nan"))
         adopted = bool(after[self.chooser] < before[self.chooser])
         return Outcome(best, program, losses, True) if adopted else Outcome(self.start, self.program, losses, False)

@@ -89,6 +89,21 @@ class _Column(Ordered):
             return jnp.asarray(as_float(column.to_numpy()))
         return jnp.asarray(column.astype("category").cat.codes.to_numpy(), jnp.int32)
 
+    def numbers(self, adata: Any) -> Any:
+        """The column as numbers, such as times; the ranks of ordered categories. NaN where missing."""
+        column = lookup(self._frame(adata), self.key, self._where)
+        if column.dtype.name == "category" and column.cat.categories.dtype.kind in "fiu":
+            column = column.astype(float)
+        if column.dtype.kind in "fiub":
+            return jnp.asarray(as_float(column.to_numpy()))
+        if column.dtype.name != "category" or not column.cat.ordered:
+            raise ValueError(
+                f"{self._where}[{self.key!r}] holds {column.dtype}, which has no order: numbers are needed, or an "
+                "ordered categorical (`pandas.Categorical(values, categories=[...], ordered=True)`)"
+            )
+        codes = column.cat.codes.to_numpy()
+        return jnp.asarray(np.where(codes < 0, np.nan, codes), jnp.float32)
+
     def host(self, adata: Any, value: Any) -> Any:
         return np.asarray(value) if isinstance(value, jax.Array) else value
 

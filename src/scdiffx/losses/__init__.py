@@ -70,7 +70,8 @@ def correlation(output: str, target: str) -> Loss:
     output
         Key of a numeric output with one value per cell, such as "dpt_pseudotime".
     target
-        Numeric column of obs; cells where it is NaN, or where the output is infinite, do not count.
+        Column of obs: numbers, or ordered categories, whose ranks count. Cells where it is NaN, or where the output is
+        infinite, do not count.
     """
     return Loss(((1.0, Correlation(output=output, target=target)),))
 
@@ -86,7 +87,7 @@ def time_order(output: str, target: str, *, temperature: float = 0.1) -> Loss:
     output
         Key of a numeric output with one value per cell.
     target
-        Numeric column of obs; cells where it is NaN do not count.
+        Column of obs: numbers, or ordered categories. Cells where it is NaN do not count.
     temperature
         Softness, in standard deviations of the output; greater than 0.
     """

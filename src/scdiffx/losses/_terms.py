@@ -59,6 +59,7 @@ def _standardised(x: Array, keep: Array) -> Array:
 class Correlation:
     """See :func:`scdiffx.losses.correlation`."""
 
+    of_numbers: ClassVar[bool] = True
     output: str = static()
     target: str | None = static(default=None)
 
@@ -73,6 +74,7 @@ class Correlation:
 class TimeOrder:
     """See :func:`scdiffx.losses.time_order`."""
 
+    of_numbers: ClassVar[bool] = True
     output: str = static()
     target: str | None = static(default=None)
     temperature: float = static(default=0.1)

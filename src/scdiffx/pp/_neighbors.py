@@ -149,8 +149,9 @@ def _after_pca(
 ) -> AnnData | None:
     """Components and neighbours together: computed beside the AnnData and written only when both are there."""
     aside = type(data)(data.X, obs=data.obs[[]].copy(), var=data.var.copy())
-    pca(aside)
-    neighbors(aside, n_neighbors, n_pcs, **settings)
+    # Not through the public names: the history has the one call that the user made.
+    inspect.unwrap(pca)(aside)
+    inspect.unwrap(neighbors)(aside, n_neighbors, n_pcs, **settings)
     key = settings["key_added"] or "neighbors"
     outputs: dict[Slot, Any] = {
         **{Obsm(key): value for key, value in aside.obsm.items()},

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Fitted",
+    "KNeighborsTransformer",
     "datasets",
     "doctor",
     "fit",
@@ -26,6 +27,7 @@ __all__ = [
 # Names that live in private modules; everything is loaded when it is first used.
 _HOMES = {
     "Fitted": "scdiffx._fitted",
+    "KNeighborsTransformer": "scdiffx._transformer",
     "fit": "scdiffx._fit",
     "grid": "scdiffx._fit",
     "plan": "scdiffx._fit",

@@ -1371,6 +1371,7 @@ REFUSED = [
     ("neighbors", {"n_neighbors": CELLS + 1}, ValueError, f"n_neighbors={CELLS + 1}.*{CELLS}"),
     ("neighbors", {"n_neighbors": 1}, ValueError, "n_neighbors=1"),
     ("neighbors", {"method": "best"}, ValueError, r"method='best'.*'gauss'"),
+    ("neighbors", {"transformer": "sklearn"}, TypeError, "transformer='sklearn'"),
     ("neighbors", {"metric": "best"}, ValueError, r"metric='best'.*'cosine'"),
     ("neighbors", {"use_rep": "X_absent"}, KeyError, r"'X_absent'.*'X_pca'"),
     ("neighbors", {"n_pcs": 10}, ValueError, "10 dimensions.*9"),

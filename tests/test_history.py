@@ -14,6 +14,7 @@ import pytest
 
 import scdiffx as sd
 from helpers import changed, contents, pbmc_counts, same
+from scdiffx._slots import left_out, written
 
 CALLS = ["pp.normalize_total", "pp.log1p", "pp.highly_variable_genes", "pp.pca", "pp.neighbors", "tl.pseudotime"]
 
@@ -116,6 +117,31 @@ def test_small_tables_and_arrays_are_kept() -> None:
     (_, arguments) = plan.calls[0]
     assert arguments["tfs"] == names[:2]
     pd.testing.assert_frame_equal(arguments["prior"], prior, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ((0.5, None, "a"), [0.5, None, "a"]),
+        (np.float32(0.5), 0.5),
+        (Path("folder/model"), "folder/model"),
+        ({"B": ("CD79A", np.str_("MS4A1"))}, {"B": ["CD79A", "MS4A1"]}),
+        (pd.Index(["a", "b"]), ["a", "b"]),
+        (list(range(10_001)), {"left out": "list of shape (10001,)"}),
+        (np.zeros((200, 100)), {"left out": "ndarray of shape (200, 100)"}),
+        (np.array([object()]), {"left out": "ndarray of shape (1,)"}),
+        (jax.random.key(0), {"left out": "PRNGKeyArray of shape ()"}),
+        ({1: "a"}, {"left out": "dict"}),
+        (print, {"left out": "builtin_function_or_method"}),
+        (pbmc_counts(5, 6), {"left out": "AnnData of shape (5, 6)"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arguments_become_json_or_a_word_on_them(value: Any, expected: Any) -> None:
+    assert json.loads(json.dumps(written(value))) == expected
+    assert (left_out([0, {"part": written(value)}]) is not None) == (
+        isinstance(expected, dict) and "left out" in expected
+    )
 
 
 def test_what_cannot_be_in_a_plan_has_to_be_skipped(adata: ad.AnnData) -> None:

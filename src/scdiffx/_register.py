@@ -29,7 +29,7 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "anndata":
             return None
-        others: list[Any] = [finder for finder in sys.meta_path if finder is not self]
+        others: list[Any] = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader, self._finish)

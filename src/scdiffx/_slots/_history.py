@@ -15,8 +15,8 @@ from scdiffx._slots._places import Uns
 __all__ = ["check_history", "history_of", "left_out", "record", "restored", "tabulated", "written"]
 
 KEY = "scdiffx"
-# Lists of genes are kept; what is larger is data and belongs into a file of its own.
-LARGEST = 1000
+# Lists of genes are kept; what is larger is data.
+LARGEST = 10_000
 _TABLE = "pandas.DataFrame"
 _LEFT_OUT = "left out"
 
@@ -86,7 +86,7 @@ def written(value: Any) -> Any:
         json.dumps(plain)
         return plain
     except (TypeError, ValueError):
-        shape = getattr(value, "shape", None)
+        shape = (len(value),) if isinstance(value, list | tuple) else getattr(value, "shape", None)
         return {_LEFT_OUT: type(value).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")}
 
 

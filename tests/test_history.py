@@ -91,7 +91,7 @@ def test_a_fit_is_one_entry_and_no_plan(adata: ad.AnnData) -> None:
     last = entries(adata)[-1]
     assert last["function"] == "Fitted.apply"
     assert last["parameters"] == {"calls": [["pp.pca", {"n_comps": 4}]], "adopted": fitted.adopted}
-    with pytest.raises(ValueError, match=r"call 7.*'Fitted.apply'"):
+    with pytest.raises(ValueError, match=r"call 7.*'Fitted.apply'.*parameters are not in"):
         sd.plan.from_history(adata, on=pbmc_counts(300))
     again = sd.plan.from_history(adata, on=pbmc_counts(300), skip="Fitted.apply")
     assert [name for name, _ in again.calls] == CALLS
@@ -169,7 +169,7 @@ def test_histories_that_are_none(adata: ad.AnnData) -> None:
     with pytest.raises(ValueError, match="entry 1 of the history"):
         sd.plan.from_history(adata)
     adata.uns["scdiffx"]["history"] = np.array(['{"function": "os.system", "parameters": {}}'], dtype=object)
-    with pytest.raises(ValueError, match=r"'os.system'.*does not have"):
+    with pytest.raises(ValueError, match=r"'os.system' is no step"):
         sd.plan.from_history(adata)
     adata.uns["scdiffx"] = "mine"
     before = contents(adata)

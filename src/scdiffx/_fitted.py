@@ -16,9 +16,10 @@ from scdiffx._core.fields import fields_of_kind, learnables, replace
 from scdiffx._slots import restored, tabulated
 from scdiffx._steps import Plan, initialised, replay
 
-__all__ = ["Fitted", "flat", "kept"]
+__all__ = ["FIT", "Fitted", "flat", "kept"]
 
 FORMAT = 1
+FIT = "Fitted.apply"  # the name of an applied fit in the history
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Fitted:
             return self._filled(name, initialised(self._with_networks(name, op), args, key))
 
         # One entry of the history: the calls alone would not give these values again.
-        called = ("Fitted.apply", {"calls": [list(call) for call in self.calls], "adopted": self.adopted})
+        called = (FIT, {"calls": [list(call) for call in self.calls], "adopted": self.adopted})
         return target.apply(prepare=prepare, copy=copy, called=[called])
 
     def _with_networks(self, name: str, op: Any) -> Any:

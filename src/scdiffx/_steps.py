@@ -347,7 +347,7 @@ _public: dict[str, Callable[..., Any]] = {}
 
 def _function(name: str) -> Callable[..., Any]:
     if name not in _public:
-        raise ValueError(f"the plan calls {name!r}, which this version does not have. Available: {sorted(_public)}")
+        raise ValueError(f"{name!r} is no step of plans in this version. Available: {sorted(_public)}")
     return _public[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from scdiffx._fitted import FIT
 from scdiffx._slots import Part, Slot, history_of, is_anndata, left_out
 from scdiffx._steps import Plan, changed_arguments, repeat
 
@@ -91,6 +92,10 @@ def _check(adata: Any, argument: str) -> None:
 
 def _add(built: Plan, number: int, name: str, arguments: dict[str, Any]) -> None:
     call = f"call {number} of the history, {name!r},"
+    if name == FIT:
+        raise ValueError(
+            f"{call} applied a fit, whose parameters are not in the history. Leave it out with skip=[{name!r}]"
+        )
     missing = {key: what for key, value in arguments.items() if (what := left_out(value)) is not None}
     if missing:
         named = ", ".join(f"{key} ({what})" for key, what in missing.items())

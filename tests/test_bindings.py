@@ -1009,12 +1009,26 @@ def top_paths(paths: set[str]) -> set[str]:
 
 def assert_wrote(before: Mapping[str, Any], adata: ad.AnnData, expected: Mapping[str, str]) -> None:
     after = contents(adata)
-    assert top_paths(changed(before, after)) == set(expected)
+    assert top_paths(changed(before, after)) - HISTORY == set(expected)
+    assert_one_call_more(before, after)
     assert {path: kind(after[path]) for path in expected} == dict(expected)
 
 
+HISTORY = {"uns/scdiffx", "uns/scdiffx/history"} | {
+    f"uns/scdiffx/session{part}" for part in ("", "/scdiffx", "/jax", "/platform")
+}
+
+
+def assert_one_call_more(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Every call adds one entry to the history, the same keys for all functions."""
+    assert set(after) >= HISTORY
+    lines = list(after["uns/scdiffx/history"])
+    assert lines[:-1] == list(before.get("uns/scdiffx/history", []))
+
+
 def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
-    left, right = contents(a), contents(b)
+    """Whether two AnnData hold the same, whichever calls made it."""
+    left, right = ({p: v for p, v in contents(x).items() if p not in HISTORY} for x in (a, b))
     assert set(left) == set(right)
     different = [path for path in left if not same(left[path], right[path], rtol=rtol)]
     assert not different
@@ -1357,6 +1371,7 @@ REFUSED = [
     ("neighbors", {"n_neighbors": CELLS + 1}, ValueError, f"n_neighbors={CELLS + 1}.*{CELLS}"),
     ("neighbors", {"n_neighbors": 1}, ValueError, "n_neighbors=1"),
     ("neighbors", {"method": "best"}, ValueError, r"method='best'.*'gauss'"),
+    ("neighbors", {"transformer": "sklearn"}, TypeError, "transformer='sklearn'"),
     ("neighbors", {"metric": "best"}, ValueError, r"metric='best'.*'cosine'"),
     ("neighbors", {"use_rep": "X_absent"}, KeyError, r"'X_absent'.*'X_pca'"),
     ("neighbors", {"n_pcs": 10}, ValueError, "10 dimensions.*9"),

@@ -33,7 +33,7 @@ ALLOWED = {
     "tl": {"_core", "ops", "_slots", "_steps", "_program"},
     "pl": set(),
 }
-EVERYWHERE = {"_log"}
+EVERYWHERE = {"_log", "__version__"}
 ARRAYS_ONLY = {"_core", "ops", "losses"}
 ANNOTATED_DATA = {"anndata", "mudata", "muon", "spatialdata", "scanpy", "squidpy", "pandas"}
 PLOTS = {"matplotlib", "seaborn"}

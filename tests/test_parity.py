@@ -49,7 +49,7 @@ def dtypes(adata: ad.AnnData) -> dict[str, str]:
     return {
         path: str(getattr(value, "dtype", type(value).__name__))
         for path, value in contents(adata).items()
-        if "/params" not in path
+        if "/params" not in path and not path.startswith("uns/scdiffx")
     }
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from scdiffx import _register
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Fitted",
+    "KNeighborsTransformer",
     "datasets",
     "doctor",
     "fit",
@@ -26,6 +29,7 @@ __all__ = [
 # Names that live in private modules; everything is loaded when it is first used.
 _HOMES = {
     "Fitted": "scdiffx._fitted",
+    "KNeighborsTransformer": "scdiffx._transformer",
     "fit": "scdiffx._fit",
     "grid": "scdiffx._fit",
     "plan": "scdiffx._fit",
@@ -47,3 +51,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_register.register()

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.fields import fields_of_kind, learnables, replace
+from scdiffx._slots import restored, tabulated
 from scdiffx._steps import Plan, initialised, replay
 
-__all__ = ["Fitted", "flat", "kept"]
+__all__ = ["FIT", "Fitted", "flat", "kept"]
 
 FORMAT = 1
+FIT = "Fitted.apply"  # the name of an applied fit in the history
 
 
 @dataclass
@@ -83,7 +85,9 @@ class Fitted:
             name = next(names)
             return self._filled(name, initialised(self._with_networks(name, op), args, key))
 
-        return target.apply(prepare=prepare, copy=copy)
+        # One entry of the history: the calls alone would not give these values again.
+        called = (FIT, {"calls": [list(call) for call in self.calls], "adopted": self.adopted})
+        return target.apply(prepare=prepare, copy=copy, called=[called])
 
     def _with_networks(self, name: str, op: Any) -> Any:
         """The operator with its fitted networks, so that `init` does not train others first.
@@ -157,7 +161,7 @@ class Fitted:
             "predictor": self.predictor,
         }
         try:
-            text = json.dumps(record, indent=1, default=_described)
+            text = json.dumps(record, indent=1, default=tabulated)
         except TypeError as error:
             raise ValueError(f"the plan has an argument that cannot be saved: {error}") from None
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +177,7 @@ class Fitted:
         for name in ("fit.json", "arrays.npz"):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no saved fit: {name} is missing")
-        record = json.loads((folder / "fit.json").read_text(), object_hook=_restored)
+        record = json.loads((folder / "fit.json").read_text(), object_hook=restored)
         if record.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {record.get('format')!r}; this version reads {FORMAT}")
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
@@ -184,26 +188,6 @@ class Fitted:
         calls = [(name, dict(arguments)) for name, arguments in record["calls"]]
         losses, adopted, history = (record[name] for name in ("losses", "adopted", "history"))
         return cls(calls, params, buffers, losses, adopted, history, genes, record.get("predictor", {}))
-
-
-_TABLE = "pandas.DataFrame"
-
-
-def _described(value: Any) -> Any:
-    """An argument of a call that JSON does not know: a table, or names and numbers in an array."""
-    import pandas as pd
-
-    if isinstance(value, pd.DataFrame):
-        return {_TABLE: value.astype(object).to_dict("split")}
-    if isinstance(value, np.ndarray | np.generic | pd.Index | pd.Series):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} {value!r}")
-
-
-def _restored(found: dict[str, Any]) -> Any:
-    import pandas as pd
-
-    return pd.DataFrame(**found[_TABLE]) if set(found) == {_TABLE} else found
 
 
 def _completed(stored: dict[str, np.ndarray], key: str, value: Any) -> Any:

@@ -17,7 +17,21 @@ from scdiffx._core.fields import replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
-from scdiffx._slots import Obs, Obsm, Part, Slot, Uns, Var, X, available, is_anndata, write_all
+from scdiffx._slots import (
+    Obs,
+    Obsm,
+    Part,
+    Slot,
+    Uns,
+    Var,
+    X,
+    available,
+    check_history,
+    is_anndata,
+    record,
+    write_all,
+    written,
+)
 
 __all__ = [
     "Plan",
@@ -25,9 +39,12 @@ __all__ = [
     "Write",
     "analysis",
     "apply",
+    "changed_arguments",
+    "complete",
     "host_outputs",
     "initialised",
     "public",
+    "repeat",
     "replay",
     "restructured",
     "run_step",
@@ -217,9 +234,18 @@ class Plan:
         return inputs[slot]
 
     def apply(
-        self, *, ops: list[Any] | None = None, prepare: Callable[..., Any] = initialised, copy: bool = False
+        self,
+        *,
+        ops: list[Any] | None = None,
+        prepare: Callable[..., Any] = initialised,
+        copy: bool = False,
+        called: list[tuple[str, dict[str, Any]]] | None = None,
     ) -> Any:
-        """Run the plan on its AnnData and write every step's keys, all at the end."""
+        """Run the plan on its AnnData and write every step's keys, all at the end.
+
+        The history receives the calls of the plan, or those given as `called`.
+        """
+        check_history(self.adata)
         outputs: dict[Slot, Any] = {}
 
         def collect(step: Step, op: Any, result: Any, args: tuple[Any, ...]) -> None:
@@ -228,6 +254,7 @@ class Plan:
         self.run(ops=ops, prepare=prepare, on_result=collect)
         target = self.adata.copy() if copy else self.adata
         write_all(target, outputs)
+        record(target, [(name, complete(name, given)) for name, given in self.calls] if called is None else called)
         return target if copy else None
 
 
@@ -257,7 +284,7 @@ def apply(target: Any, step: Step, *, copy: bool = False) -> Any:
 def public(function: F) -> F:
     """Make a function take an AnnData or a Plan: check which it got, and record the call on a plan."""
     signature = inspect.signature(function)
-    name = f"{function.__module__.split('.')[1]}.{function.__name__}"
+    name = _name(function)
 
     @functools.wraps(function)
     def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +297,10 @@ def public(function: F) -> F:
             adata.calls.append((name, dict(list(given.items())[1:])))
             return result
         _check_kind(adata)
-        return function(adata, *args, **kwargs)
+        check_history(adata)
+        result = function(adata, *args, **kwargs)
+        _enter(name, signature.bind(adata, *args, **kwargs), adata, result)
+        return result
 
     _public[name] = wrapper
     return wrapper  # type: ignore[return-value]
@@ -278,15 +308,33 @@ def public(function: F) -> F:
 
 def analysis(function: F) -> F:
     """Make a function that looks at an AnnData or a plan check which it got; it is no step of the plan."""
+    signature, name = inspect.signature(function), _name(function)
 
     @functools.wraps(function)
     def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
         ensure_cache()
-        if not isinstance(adata, Plan):
-            _check_kind(adata)
-        return function(adata, *args, **kwargs)
+        if isinstance(adata, Plan):
+            return function(adata, *args, **kwargs)
+        _check_kind(adata)
+        check_history(adata)
+        result = function(adata, *args, **kwargs)
+        _enter(name, signature.bind(adata, *args, **kwargs), adata, result)
+        return result
 
     return wrapper  # type: ignore[return-value]
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__.split('.')[1]}.{function.__name__}"
+
+
+def _enter(name: str, call: inspect.BoundArguments, adata: Any, result: Any) -> None:
+    """Enter a call that was made in the history of the AnnData that it wrote to."""
+    call.apply_defaults()
+    arguments = dict(list(call.arguments.items())[1:])
+    # Functions without `copy` return what they make and write nothing.
+    if "copy" in arguments:
+        record(result if arguments.pop("copy") else adata, [(name, arguments)])
 
 
 def _check_kind(adata: Any) -> None:
@@ -297,11 +345,36 @@ def _check_kind(adata: Any) -> None:
 _public: dict[str, Callable[..., Any]] = {}
 
 
+def _function(name: str) -> Callable[..., Any]:
+    if name not in _public:
+        raise ValueError(f"{name!r} is no step of plans in this version. Available: {sorted(_public)}")
+    return _public[name]
+
+
+def complete(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with the defaults of those that were not given, but for `adata` and `copy`."""
+    parameters = list(inspect.signature(_function(name)).parameters.values())[1:]
+    return {p.name: arguments.get(p.name, p.default) for p in parameters if p.name != "copy"}
+
+
+def changed_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, as the history has them, that differ from today's defaults."""
+    defaults = {key: written(p.default) for key, p in inspect.signature(_function(name)).parameters.items()}
+    return {
+        key: value
+        for key, value in arguments.items()
+        if key not in defaults or type(value) is not type(defaults[key]) or value != defaults[key]
+    }
+
+
+def repeat(plan: Plan, name: str, arguments: Mapping[str, Any]) -> None:
+    """Record a call on a plan by its name; only the package's own functions can be named."""
+    _function(name)(plan, **arguments)
+
+
 def replay(calls: list[tuple[str, dict[str, Any]]], adata: Any) -> Plan:
-    """A plan on another AnnData from the recorded calls of one; only the package's own functions can be named."""
+    """A plan on another AnnData from the recorded calls of one."""
     plan = Plan(adata)
     for name, arguments in calls:
-        if name not in _public:
-            raise ValueError(f"the plan calls {name!r}, which this version does not have. Available: {sorted(_public)}")
-        _public[name](plan, **arguments)
+        repeat(plan, name, arguments)
     return plan

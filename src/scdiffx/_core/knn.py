@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax import lax
 
 from scdiffx._core.knn_leaf import BIG, gaps, leaf_candidates, smallest
 
-__all__ = ["METHODS", "METRICS", "nearest"]
+__all__ = ["METHODS", "METRICS", "nearest", "nearest_among"]
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "correlation")
 METHODS = ("auto", "exact", "approximate")
@@ -28,7 +29,7 @@ SPARE = 8  # candidates kept beyond k, so that rounding in the matrix product co
 
 
 def nearest(
-    x: np.ndarray, k: int, *, metric: str = "euclidean", method: str = "auto", seed: int = 0
+    x: np.ndarray, k: int, *, metric: str = "euclidean", method: str = "auto", seed: int = 0, dtype: Any = np.float32
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the `k` nearest cells of every cell, the cell itself first.
 
@@ -47,10 +48,12 @@ def nearest(
         are still searched exactly); or "auto": exact up to 20,000 cells (300,000 on an accelerator).
     seed
         Seed of the tree. Same seed, same result.
+    dtype
+        Of the distances; they are computed in the precision of `x`.
 
     Returns
     -------
-    Indices (n, k) int32 and distances (n, k) float32, ascending, ties by index. Column 0 is the cell itself at distance
+    Indices (n, k) int32 and distances (n, k), ascending, ties by index. Column 0 is the cell itself at distance
     0, also where other cells coincide with it.
 
     Raises
@@ -62,7 +65,7 @@ def nearest(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Available: {list(METHODS)}.")
     if metric not in METRICS:
-        return _through_sklearn(x, k, metric, method)
+        return _through_sklearn(x, k, metric, method, dtype)
     rows = _rows(x, metric)
     centred = rows - rows.mean(axis=0, dtype=np.float64)
     # A power of two scales without rounding; afterwards no square overflows or vanishes.
@@ -77,7 +80,36 @@ def nearest(
         ids, square = _ranked(rows, ids, k)
         short = np.flatnonzero(~np.isfinite(square[:, -1]))
         ids[short], square[short] = _in_double(rows, short, k)
-    return ids, _distance(square, metric, exponent).astype(np.float32)
+    return ids, _distance(square, metric, exponent).astype(dtype)
+
+
+def nearest_among(
+    x: np.ndarray, cells: np.ndarray, k: int, *, metric: str = "euclidean", dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the `k` nearest of other `cells` (n, d) for every row of `x` (m, d), exactly.
+
+    Returns
+    -------
+    Indices (m, k) int32 and distances (m, k) of `dtype`, ascending, ties by index.
+
+    Raises
+    ------
+    ValueError
+        If one of the two is not a finite matrix, their features differ in number, `k` is not in 1..n, or `metric` is
+        unknown.
+    """
+    (x, _), (cells, k) = _checked(x, 1), _checked(cells, k)
+    if x.shape[1] != cells.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} features, but the cells to search among have {cells.shape[1]}.")
+    if metric not in METRICS:
+        distance, ids = _sklearn_search(cells, k, metric).kneighbors(x)
+        return ids.astype(np.int32), distance.astype(dtype)
+    rows = _rows(np.concatenate([cells, x]), metric)
+    centred = rows - rows.mean(axis=0, dtype=np.float64)
+    exponent = int(np.frexp(np.abs(centred).max())[1])
+    rows, centred = np.ldexp(rows, -exponent), np.ldexp(centred, -exponent).astype(np.float32)
+    ids, square = _exact_among(rows, centred, len(cells), k)
+    return ids, _distance(square, metric, exponent).astype(dtype)
 
 
 def _exact_up_to() -> int:
@@ -134,14 +166,14 @@ def _pad(x: np.ndarray, n: int, value: float = 0) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("keep", "groups"))
-def _scan(cells: jax.Array, size: jax.Array, keep: int, groups: int) -> tuple[jax.Array, jax.Array]:
-    """The `keep` nearest of all cells for every cell and the largest |y|^2 - 2 q.y among them."""
+def _scan(query: jax.Array, cells: jax.Array, size: jax.Array, keep: int, groups: int) -> tuple[jax.Array, jax.Array]:
+    """The `keep` nearest of all cells for every query and the largest |y|^2 - 2 q.y among them."""
 
     def one_block(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value, column = smallest(gaps(lax.dynamic_slice_in_dim(cells, start, BLOCK), cells, size), keep, groups)
+        value, column = smallest(gaps(lax.dynamic_slice_in_dim(query, start, BLOCK), cells, size), keep, groups)
         return column, value[:, -1]
 
-    ids, last = lax.map(one_block, jnp.arange(0, len(cells), BLOCK))
+    ids, last = lax.map(one_block, jnp.arange(0, len(query), BLOCK))
     return ids.reshape(-1, keep), last.reshape(-1)
 
 
@@ -158,16 +190,45 @@ def _exact(rows: np.ndarray, centred: np.ndarray, k: int) -> tuple[np.ndarray, n
     total = _padded(n)
     keep = min(k + SPARE, total)
     size = np.einsum("nd,nd->n", centred, centred)
-    ids, last = _scan(_pad(centred, total), _pad(size, total, BIG), keep, _groups(total, keep))
+    padded = _pad(centred, total)
+    ids, last = _scan(padded, padded, _pad(size, total, BIG), keep, _groups(total, keep))
     ids, square = _ranked(rows, np.asarray(ids)[:n], k)
     if keep < n:
         # A cell left out is at least `last` away up to the rounding of a product of d + 1 terms, bounded by `margin`
         # for any cell near enough to matter. Where that does not settle it, decide in float64.
-        reach = 2 * np.sqrt(size) + np.sqrt(square[:, -1])
-        margin = (rows.shape[1] + 3) * np.finfo(np.float32).eps * reach**2
-        unsettled = np.flatnonzero((square[:, -1] > 0) & (square[:, -1] + margin > np.asarray(last)[:n] + size))
+        unsettled = np.flatnonzero(_unsettled(square[:, -1], size, np.asarray(last)[:n], rows.shape[1]))
         ids[unsettled], square[unsettled] = _in_double(rows, unsettled, k)
     return ids, square
+
+
+def _unsettled(furthest: np.ndarray, size: np.ndarray, last: np.ndarray, d: int) -> np.ndarray:
+    reach = 2 * np.sqrt(size) + np.sqrt(furthest)
+    margin = (d + 3) * np.finfo(np.float32).eps * reach**2
+    return (furthest > 0) & (furthest + margin > last + size)
+
+
+def _exact_among(rows: np.ndarray, centred: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `_exact`, for the rows after the first `n` among these."""
+    m, total, keep = len(rows) - n, _padded(n), min(k + SPARE, n)
+    size = np.einsum("nd,nd->n", centred, centred)
+    query, cells = _pad(centred[n:], _padded(m)), _pad(centred[:n], total)
+    ids, last = _scan(query, cells, _pad(size[:n], total, BIG), keep, _groups(total, keep))
+    near, found, square = np.array(ids[:m]), np.empty((m, k), np.int32), np.empty((m, k), rows.dtype)
+    for start in range(0, m, BLOCK):
+        here = slice(start, min(start + BLOCK, m))
+        found[here], square[here] = _ordered(rows[n:][here], rows, near[here], k)
+    if keep < n:
+        everything = np.arange(n)[None]
+        for row in np.flatnonzero(_unsettled(square[:, -1], size[n:], np.asarray(last)[:m], rows.shape[1])):
+            found[row], square[row] = _ordered(rows[n + row][None], rows, everything, k)
+    return found, square
+
+
+def _ordered(query: np.ndarray, rows: np.ndarray, near: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` nearest of the candidates `near`, by differences."""
+    square = ((rows[near] - query[:, None]) ** 2).sum(axis=2)
+    order = np.lexsort((near, square))[:, :k]
+    return np.take_along_axis(near, order, axis=1), np.take_along_axis(square, order, axis=1)
 
 
 @partial(jax.jit, static_argnames="k")
@@ -216,18 +277,23 @@ def _in_double(rows: np.ndarray, which: np.ndarray, k: int) -> tuple[np.ndarray,
     return ids, square
 
 
-def _through_sklearn(x: np.ndarray, k: int, metric: str, method: str) -> tuple[np.ndarray, np.ndarray]:
+def _sklearn_search(x: np.ndarray, k: int, metric: str) -> Any:
     from sklearn.neighbors import VALID_METRICS, NearestNeighbors
 
     available = sorted({*METRICS, *(name for names in VALID_METRICS.values() for name in names)})
     if metric not in available or metric == "precomputed":
         raise ValueError(f"metric={metric!r} is unknown. Available: {[m for m in available if m != 'precomputed']}.")
+    return NearestNeighbors(n_neighbors=k, metric=metric).fit(x)
+
+
+def _through_sklearn(x: np.ndarray, k: int, metric: str, method: str, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    search = _sklearn_search(x, min(k + 1, len(x)), metric)
     if method == "approximate":
         raise ValueError(f"method='approximate' is available for the metrics {list(METRICS)}, not for {metric!r}.")
-    distance, ids = NearestNeighbors(n_neighbors=min(k + 1, len(x)), metric=metric).fit(x).kneighbors(x)
+    distance, ids = search.kneighbors(x)
     distance[ids == np.arange(len(x))[:, None]] = -1
     order = np.argsort(distance, axis=1, kind="stable")[:, :k]
     ids, distance = np.take_along_axis(ids, order, axis=1), np.take_along_axis(distance, order, axis=1)
     # Where copies of a cell crowd it out of its own list, the cell takes the place of the first.
     ids[:, 0], distance[:, 0] = np.arange(len(x)), 0
-    return ids.astype(np.int32), distance.astype(np.float32)
+    return ids.astype(np.int32), distance.astype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scdiffx._fit._controls import Grid, grid
-from scdiffx._fit._fit import fit, plan
+from scdiffx._fit._fit import fit
+from scdiffx._fit._plan import plan
 
 __all__ = ["Grid", "fit", "grid", "plan"]

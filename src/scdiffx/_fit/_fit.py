@@ -19,24 +19,10 @@ from scdiffx._fit._training import Loop, Run
 from scdiffx._fitted import Fitted, flat
 from scdiffx._log import say
 from scdiffx._program import Program
-from scdiffx._slots import is_anndata
 from scdiffx._steps import Plan
 from scdiffx.losses import Loss
 
-__all__ = ["fit", "plan"]
-
-
-def plan(adata: Any) -> Plan:
-    """Start a plan: pass it to functions of `sd.pp` and `sd.tl` in place of the AnnData, and they are recorded.
-
-    Parameters
-    ----------
-    adata
-        The AnnData that the plan will read; it is not changed until `Fitted.apply`.
-    """
-    if not is_anndata(adata):
-        raise TypeError(f"`adata` must be an AnnData, got {type(adata).__name__}")
-    return Plan(adata)
+__all__ = ["fit"]
 
 
 def fit(
@@ -67,7 +53,7 @@ def fit(
     Parameters
     ----------
     plan
-        A plan from :func:`plan`.
+        A plan from :func:`~scdiffx.plan`.
     loss
         From `sd.losses`; terms add up and scale.
     learn

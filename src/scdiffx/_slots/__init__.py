@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from scdiffx._log import warn
 from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Part, Single, Weights
 from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
+from scdiffx._slots._history import check_history, history_of, left_out, record, restored, tabulated, written
 from scdiffx._slots._matrix import (
     available,
     categories,
@@ -51,12 +52,19 @@ __all__ = [
     "check_batch",
     "check_counts",
     "check_finite",
+    "check_history",
     "genes_at",
+    "history_of",
     "is_anndata",
+    "left_out",
     "matrix_of",
     "preset",
+    "record",
+    "restored",
+    "tabulated",
     "warn_if_not_counts",
     "write_all",
+    "written",
 ]
 
 Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given

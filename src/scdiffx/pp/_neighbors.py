@@ -82,6 +82,8 @@ def neighbors(
         If `n_neighbors` does not fit the number of cells, or `method` or `metric` is unknown.
     KeyError
         If `use_rep` does not exist.
+    TypeError
+        If `transformer` is a name rather than a transformer.
 
     References
     ----------
@@ -92,6 +94,10 @@ def neighbors(
         raise ValueError(f"method={method!r} is not available. Available: {list(ops.KERNELS)}")
     if not 2 <= n_neighbors <= data.n_obs:
         raise ValueError(f"n_neighbors={n_neighbors} must lie between 2 and the number of cells, {data.n_obs}")
+    if isinstance(transformer, str):
+        raise TypeError(
+            f"transformer={transformer!r} is a name: pass a transformer, as sd.KNeighborsTransformer() is one"
+        )
     if transformer is not None and isinstance(adata, Plan):
         raise ValueError("transformer= cannot be used on a plan, which searches anew at every refresh")
     seed = as_seed(one_rng(rng, random_state))
@@ -149,8 +155,9 @@ def _after_pca(
 ) -> AnnData | None:
     """Components and neighbours together: computed beside the AnnData and written only when both are there."""
     aside = type(data)(data.X, obs=data.obs[[]].copy(), var=data.var.copy())
-    pca(aside)
-    neighbors(aside, n_neighbors, n_pcs, **settings)
+    # Not through the public names: the history has the one call that the user made.
+    inspect.unwrap(pca)(aside)
+    inspect.unwrap(neighbors)(aside, n_neighbors, n_pcs, **settings)
     key = settings["key_added"] or "neighbors"
     outputs: dict[Slot, Any] = {
         **{Obsm(key): value for key, value in aside.obsm.items()},

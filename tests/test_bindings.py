@@ -18,6 +18,7 @@ import pytest
 import scipy.sparse as sp
 
 import scdiffx as sd
+from documented import assert_documented, assert_shapes, entries
 from helpers import changed, contents, pbmc_counts, same
 
 CELLS, GENES = 150, 120
@@ -706,6 +707,8 @@ CASES = [
         {"groupby": "quality"},
         keyed={"obs/mine": "float32"},
     ),
+    Case("ot_pull_numbers", "tl.ot_pull", "coupled", {"obs/fate": "float32"}, {"groupby": "quality"}, slow=True),
+    Case("ot_push_groups", "tl.ot_push", "coupled", {"obsm/origin": "DataFrame"}, {"groupby": "cell_type"}, slow=True),
     Case(
         "switch_de",
         "tl.switch_de",
@@ -1020,6 +1023,13 @@ def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
     assert not different
 
 
+def documented_arguments(case: Case) -> dict[str, str]:
+    """The arguments that name keys, given or by default, as they stand in the Returns section."""
+    parameters = inspect.signature(function_named(case.function)).parameters
+    given = {name: parameter.default for name, parameter in parameters.items()} | dict(case.kwargs)
+    return {name: value for name, value in given.items() if isinstance(value, str)}
+
+
 def test_every_public_function_has_a_case() -> None:
     public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
     # Two return new cells, two take a plan only, two are a model and make one: they have tests of their own.
@@ -1031,11 +1041,24 @@ def test_every_public_function_has_a_case() -> None:
 @each(CASES)
 def test_only_the_documented_keys_change(case: Case) -> None:
     assert_wrote(contents(_source(case.source)), result(case), case.writes)
-    returns = inspect.getdoc(function_named(case.function)).split("Returns\n---")[1].split("Raises\n---")[0]
-    for path in case.writes:
-        key = path.split("/")[1] if "/" in path else path
-        shown = {"leiden": "key_added", "attribution_quality": "attribution_<target>"}.get(key, key)
-        assert shown in returns, f"{path} is not in the docstring"
+    function, arguments = function_named(case.function), documented_arguments(case)
+    assert_documented(function, case.writes, **arguments)
+    assert_shapes(function, result(case), case.writes, **arguments)
+    if case.keyed is not None:
+        assert_documented(function, case.keyed, **{**arguments, "key_added": "mine"})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_documented_key_is_written(name: str) -> None:
+    function = function_named(name)
+    # A second name of a function shares its cases.
+    said = inspect.getdoc(function)
+    cases = [case for case in CASES if inspect.getdoc(function_named(case.function)) == said]
+    for number, entry in enumerate(entries(function, documented_arguments(cases[0]))):
+        if entry.where == "X" or entry.names:
+            calls = [entries(function, documented_arguments(case))[number] for case in cases]
+            found = any(call.matches(path) for call, case in zip(calls, cases, strict=True) for path in case.writes)
+            assert found, f"no case of {name} writes {entry.where}{list(entry.names)}"
 
 
 @each(CASES)

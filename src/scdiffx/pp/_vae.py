@@ -78,9 +78,9 @@ def vae(
 
     `adata.obsm["X_vae" | key_added]` : float32 (cells, n_latent)
         Means of the approximate posterior.
-    `adata.layers["vae_normalized"]` : float32 (cells, genes), if `genes` is "all"
+    `adata.layers["vae_normalized" | f"{key_added}_normalized"]` : float32 (cells, genes), if `genes` is "all"
         Expected expression, which sums to `library_size` in each cell.
-    `adata.obsm["X_vae_normalized"]` : float32 (cells, len(genes)), if `genes` are named
+    `adata.obsm["X_vae_normalized" | f"X_{key_added}_normalized"]` : float32 (cells, len(genes)), if `genes` are named
         The same for these genes, in the order of `uns["vae"]["params"]["genes"]`.
     `adata.uns["vae" | key_added]` : dict
         `params`; `net`, the weights by name (``ops.VAE(net=...)`` takes them); `history`, the negative lower bound on

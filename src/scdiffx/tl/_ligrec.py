@@ -82,12 +82,13 @@ def ligrec(
     -------
     None, or the copy. Sets:
 
-    `adata.uns["ligrec" | key_added]` : data frame
+    `adata.uns["ligrec" | key_added]` : DataFrame
         A row for each test, smallest p-values first: `source` and `target` (sending and receiving group), `ligand` and
         `receptor` (categorical, names as given), `mean` (half the sum of both means), `pvalue` and `qvalue`
         (Benjamini-Hochberg over all pairs of groups of these interactions).
     `adata.uns["ligrec_params" | f"{key_added}_params"]` : dict
-        The settings, and the number of `interactions` whose genes the data have.
+        The settings `cluster_key`, `neighbors`, `shuffle`, `batch_key`, `complex_policy`, `threshold`, `n_perms` and
+        `random_state`, and the number of `interactions` whose genes the data have.
 
     Raises
     ------

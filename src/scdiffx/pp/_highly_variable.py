@@ -102,6 +102,15 @@ def highly_variable_genes(
     ----------
     Satija et al. (2015), Spatial reconstruction of single-cell gene expression data; Zheng et al. (2017); Stuart et
     al. (2019), Comprehensive integration of single-cell data.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.pp.highly_variable_genes(adata, n_top_genes=100, soft=True)
+    >>> int(adata.var["highly_variable"].sum()), int((adata.var["gene_weight"] > 0.5).sum())
+    (100, 100)
     """
     if flavor not in FLAVORS:
         raise ValueError(f"flavor={flavor!r} is unknown. Available: {list(FLAVORS)}")

@@ -86,6 +86,15 @@ def neighbors(
     References
     ----------
     McInnes et al. (2018), UMAP; Haghverdi et al. (2016), Diffusion pseudotime (for "gauss").
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.pp.neighbors(adata, n_neighbors=15, key_added="fifteen")
+    >>> int(adata.obsp["fifteen_distances"][0].nnz)
+    14
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if method not in ops.KERNELS:

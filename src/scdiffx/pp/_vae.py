@@ -99,6 +99,14 @@ def vae(
     References
     ----------
     Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.vae(adata, genes=["TNFRSF4", "HES4"], n_latent=3, max_epochs=1, progress=False)
+    >>> adata.obsm["X_vae"].shape, adata.obsm["X_vae_normalized"].shape
+    ((150, 3), (150, 2))
     """
     seed = as_seed(one_rng(rng, random_state))
     data = adata.adata if isinstance(adata, Plan) else adata

@@ -138,6 +138,17 @@ def communication(
     ----------
     Fischer, Schaar and Theis (2023), Modeling intercellular communication in tissues using spatial graphs of cells
     (NCEM). Brody, Alon and Yahav (2022), How attentive are graph attention networks? (GATv2).
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> adata.obsm["spatial"] = adata.obsm["X_umap"]  # in place of coordinates in a tissue
+    >>> pairs = [("CCL5", "CD2"), ("GZMB", "CD3D")]
+    >>> sd.tl.communication(adata, pairs, n_genes=50, n_programs=2, n_perms=2)
+    >>> adata.obsm["X_communication"].shape
+    (700, 2)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if method not in _METHODS:

@@ -101,6 +101,15 @@ def grn(
     Huynh-Thu et al. (2010), Inferring regulatory networks from expression data using tree-based methods (one regression
     a gene). Hoerl and Kennard (1970), Ridge regression. Badia-i-Mompel et al. (2022), decoupleR (activities as weighted
     means of targets).
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.grn(adata, ["SPI1", "IRF8"])
+    >>> adata.obsm["tf_activity"].shape, adata.uns["grn"].columns.tolist()
+    ((700, 2), ['tf', 'target', 'weight', 'sign'])
     """
     if penalty is not None and not penalty > 0:
         raise ValueError(f"penalty={penalty!r} must be None or greater than 0")

@@ -126,6 +126,15 @@ def ligrec(
     ----------
     Efremova et al. (2020), CellPhoneDB: inferring cell-cell communication from combined expression of multi-subunit
     ligand-receptor complexes. Palla et al. (2022), Squidpy: a scalable framework for spatial omics analysis.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.ligrec(adata, "bulk_labels", [("CCL5", "CD2"), ("GZMB", "CD3D")], n_perms=10)
+    >>> adata.uns["ligrec"].columns.tolist()[:4]
+    ['source', 'target', 'ligand', 'receptor']
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if not 0 <= threshold <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+import record_array_support
 import scdiffx as sd
+import test_contract
 from documented import assert_documented, assert_shapes, entries
 from helpers import changed, contents, pbmc_counts, same
 
@@ -1171,6 +1174,24 @@ def test_every_matrix_format_gives_the_same(case: Case, form: str) -> None:
         assert found["X"].dtype == (given.dtype if given.dtype.kind == "f" else np.float32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["csc_array", "dense", "dask"])
+def test_velocity_reads_layers_of_every_format(form: str) -> None:
+    adata = source("spliced")
+    case = next(case for case in CASES if case.name == "velocity_deterministic")
+    for layer in ("spliced", "unspliced"):
+        if form == "dask":
+            array = pytest.importorskip("dask.array", reason="dask is not installed")
+            adata.layers[layer] = array.from_array(adata.layers[layer].toarray())
+        else:
+            adata.layers[layer] = FORMATS[form](adata.layers[layer])
+    if form == "dask":
+        assert_refuses(case, adata, TypeError, "dask")
+    else:
+        call(case, adata)
+        np.testing.assert_allclose(adata.layers["velocity"], result(case).layers["velocity"], rtol=1e-4, atol=1e-6)
+
+
 @each(CASES)
 def test_what_is_written_can_be_changed(case: Case) -> None:
     adata = result(case)
@@ -1722,3 +1743,14 @@ def test_subset_keeps_the_selected_genes() -> None:
     sd.pp.highly_variable_genes(part, n_top_genes=40, subset=True)
     assert list(part.var_names) == list(whole.var_names[whole.var["highly_variable"]])
     assert same(part.X, whole.X[:, whole.var["highly_variable"].to_numpy()])
+
+
+def test_array_support_has_the_rows_of_quick_cases() -> None:
+    quick = [case for case in CASES if not case.slow]
+    found = record_array_support.rows(quick, sys.modules[__name__], test_contract)
+    assert set(found) <= set(record_array_support.PAGE.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_the_page_on_array_support_is_up_to_date() -> None:
+    assert record_array_support.PAGE.read_text() == record_array_support.page(sys.modules[__name__], test_contract)

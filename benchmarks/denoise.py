@@ -38,7 +38,7 @@ import scipy.sparse as sp
 
 import scdiffx as sd
 from scdiffx import ops
-from scdiffx.losses import MolecularCrossValidation
+from scdiffx.losses._terms import MolecularCrossValidation
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LABELS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+import record_array_support
 import scdiffx as sd
+import test_contract
+from documented import assert_documented, assert_shapes, entries
 from helpers import changed, contents, pbmc_counts, same
 
 CELLS, GENES = 150, 120
@@ -706,6 +710,8 @@ CASES = [
         {"groupby": "quality"},
         keyed={"obs/mine": "float32"},
     ),
+    Case("ot_pull_numbers", "tl.ot_pull", "coupled", {"obs/fate": "float32"}, {"groupby": "quality"}, slow=True),
+    Case("ot_push_groups", "tl.ot_push", "coupled", {"obsm/origin": "DataFrame"}, {"groupby": "cell_type"}, slow=True),
     Case(
         "switch_de",
         "tl.switch_de",
@@ -1034,6 +1040,13 @@ def assert_equal(a: ad.AnnData, b: ad.AnnData, rtol: float = 0.0) -> None:
     assert not different
 
 
+def documented_arguments(case: Case) -> dict[str, str]:
+    """The arguments that name keys, given or by default, as they stand in the Returns section."""
+    parameters = inspect.signature(function_named(case.function)).parameters
+    given = {name: parameter.default for name, parameter in parameters.items()} | dict(case.kwargs)
+    return {name: value for name, value in given.items() if isinstance(value, str)}
+
+
 def test_every_public_function_has_a_case() -> None:
     public = {f"{part}.{name}" for part in ("pp", "tl") for name in getattr(sd, part).__all__}
     # Two return new cells, two take a plan only, two are a model and make one: they have tests of their own.
@@ -1045,11 +1058,24 @@ def test_every_public_function_has_a_case() -> None:
 @each(CASES)
 def test_only_the_documented_keys_change(case: Case) -> None:
     assert_wrote(contents(_source(case.source)), result(case), case.writes)
-    returns = inspect.getdoc(function_named(case.function)).split("Returns\n---")[1].split("Raises\n---")[0]
-    for path in case.writes:
-        key = path.split("/")[1] if "/" in path else path
-        shown = {"leiden": "key_added", "attribution_quality": "attribution_<target>"}.get(key, key)
-        assert shown in returns, f"{path} is not in the docstring"
+    function, arguments = function_named(case.function), documented_arguments(case)
+    assert_documented(function, case.writes, **arguments)
+    assert_shapes(function, result(case), case.writes, **arguments)
+    if case.keyed is not None:
+        assert_documented(function, case.keyed, **{**arguments, "key_added": "mine"})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_documented_key_is_written(name: str) -> None:
+    function = function_named(name)
+    # A second name of a function shares its cases.
+    said = inspect.getdoc(function)
+    cases = [case for case in CASES if inspect.getdoc(function_named(case.function)) == said]
+    for number, entry in enumerate(entries(function, documented_arguments(cases[0]))):
+        if entry.where == "X" or entry.names:
+            calls = [entries(function, documented_arguments(case))[number] for case in cases]
+            found = any(call.matches(path) for call, case in zip(calls, cases, strict=True) for path in case.writes)
+            assert found, f"no case of {name} writes {entry.where}{list(entry.names)}"
 
 
 @each(CASES)
@@ -1160,6 +1186,24 @@ def test_every_matrix_format_gives_the_same(case: Case, form: str) -> None:
     if "X" in case.writes and case.name != "scale":
         assert type(found["X"]) is type(given)
         assert found["X"].dtype == (given.dtype if given.dtype.kind == "f" else np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["csc_array", "dense", "dask"])
+def test_velocity_reads_layers_of_every_format(form: str) -> None:
+    adata = source("spliced")
+    case = next(case for case in CASES if case.name == "velocity_deterministic")
+    for layer in ("spliced", "unspliced"):
+        if form == "dask":
+            array = pytest.importorskip("dask.array", reason="dask is not installed")
+            adata.layers[layer] = array.from_array(adata.layers[layer].toarray())
+        else:
+            adata.layers[layer] = FORMATS[form](adata.layers[layer])
+    if form == "dask":
+        assert_refuses(case, adata, TypeError, "dask")
+    else:
+        call(case, adata)
+        np.testing.assert_allclose(adata.layers["velocity"], result(case).layers["velocity"], rtol=1e-4, atol=1e-6)
 
 
 @each(CASES)
@@ -1714,3 +1758,14 @@ def test_subset_keeps_the_selected_genes() -> None:
     sd.pp.highly_variable_genes(part, n_top_genes=40, subset=True)
     assert list(part.var_names) == list(whole.var_names[whole.var["highly_variable"]])
     assert same(part.X, whole.X[:, whole.var["highly_variable"].to_numpy()])
+
+
+def test_array_support_has_the_rows_of_quick_cases() -> None:
+    quick = [case for case in CASES if not case.slow]
+    found = record_array_support.rows(quick, sys.modules[__name__], test_contract)
+    assert set(found) <= set(record_array_support.PAGE.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_the_page_on_array_support_is_up_to_date() -> None:
+    assert record_array_support.PAGE.read_text() == record_array_support.page(sys.modules[__name__], test_contract)

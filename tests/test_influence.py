@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import scdiffx as sd
+from documented import assert_documented
 from helpers import QUICK, contents, pbmc_counts
 from scdiffx._core.fields import CONSTRAINTS, replace
 from scdiffx._program import Program
@@ -51,6 +52,8 @@ def test_of_the_target_sum_on_a_component_is_its_closed_form() -> None:
         f"uns/{key}/params",
         f"uns/{key}/values",
     }
+    written = {f"obsm/{key}": "DataFrame", f"uns/{key}": "mapping", f"uns/{key}/values": "mapping"}
+    assert_documented(sd.tl.influence, written)
     table, counts = adata.obsm[key], adata.X.toarray().astype(np.float64)
     assert list(table) == ["normalize_total.target_sum"]
     assert list(table.index) == list(adata.obs_names)

@@ -13,7 +13,7 @@ import scdiffx as sd
 from helpers import directional_fd, largest_array, pbmc_counts, random_direction
 from scdiffx._core.counts import Counts
 from scdiffx._fit._split import three_ways
-from scdiffx.losses import Budget, MaskedReconstruction, ReplicateConsistency
+from scdiffx.losses._label_free import Budget, MaskedReconstruction, ReplicateConsistency
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import scdiffx as sd
 from helpers import directional_fd, pbmc_counts, tree_vdot
 from scdiffx import ops
-from scdiffx.losses import MolecularCrossValidation, Reconstruction
+from scdiffx.losses._terms import MolecularCrossValidation, Reconstruction
 
 
 @pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray()])

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 
 import scdiffx as sd
 from conftest import _read
+from documented import assert_documented
 from helpers import contents, pbmc_counts
 from scdiffx._steps import Plan
 
@@ -27,6 +28,7 @@ def test_it_is_the_spread_over_halves_of_the_molecules() -> None:
     kept = adata.X.copy()
     sd.tl.uncertainty(reduced(adata), "X_pca", column=0, n_replicates=3, rng=4, progress=False)
     assert set(contents(adata)) - before == {"obs/X_pca_0_se"}
+    assert_documented(sd.tl.uncertainty, {"obs/X_pca_0_se": str(adata.obs["X_pca_0_se"].dtype)})
     assert abs(kept - adata.X).nnz == 0
     generator, scores = np.random.default_rng(4), []
     for _ in range(3):

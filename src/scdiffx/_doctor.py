@@ -85,6 +85,13 @@ def doctor() -> Report:
     Report
         Printed, it is the report; `ok`, `problems` (pairs of problem and remedy), `notes`, `versions` and `system` are
         its parts.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> report = sd.doctor()
+    >>> "jax" in report.versions, all(len(problem) == 2 for problem in report.problems)
+    (True, True)
     """
     from scdiffx import __version__
 

@@ -40,6 +40,22 @@ class Fitted:
         Lists "step", "train" and, with a holdout, "holdout".
     predictor
         The loss of a prediction of the same labels from the unfitted plan, by part, where the loss has labels.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> fitted = sd.fit(plan, loss, n_steps=3, progress=False)
+    >>> fitted.apply(adata)
+    >>> adata.obsm["X_pca"].shape
+    (700, 5)
+    >>> fitted.save("fitted")
+    >>> sorted(sd.Fitted.load("fitted").params)
+    ['pca.scale', 'pca.shift']
     """
 
     calls: list[tuple[str, dict[str, Any]]]

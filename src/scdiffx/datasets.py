@@ -74,7 +74,9 @@ def pbmc68k_counts() -> AnnData:
     Examples
     --------
     >>> import scdiffx as sd
-    >>> sd.datasets.pbmc68k_counts().X[:3, :5].toarray()  # doctest: +SKIP
+    >>> adata = sd.datasets.pbmc68k_counts()
+    >>> adata.shape, int(adata.X.max())
+    ((700, 765), 259)
     """
     import anndata
     import scanpy
@@ -202,8 +204,12 @@ def splatter(  # noqa: PLR0913, as many as Splatter has
     Examples
     --------
     >>> import scdiffx as sd
-    >>> adata = sd.datasets.splatter(300, 2000, group_prob=[0.6, 0.4], rng=1)
-    >>> branching = sd.datasets.splatter(300, 2000, group_prob=[0.4, 0.3, 0.3], path_from=[0, 1, 1])
+    >>> adata = sd.datasets.splatter(60, 100, group_prob=[0.6, 0.4], rng=1)
+    >>> adata.shape, list(adata.obs["group"].cat.categories)
+    ((60, 100), ['Group1', 'Group2'])
+    >>> branching = sd.datasets.splatter(60, 100, group_prob=[0.4, 0.3, 0.3], path_from=[0, 1, 1])
+    >>> list(branching.obs["group"].cat.categories)
+    ['Path1', 'Path2', 'Path3']
     """
     given = dict(locals())
     parameters = {name: given[name] for name in _RANGES} | {"bcv_trend": 1.0}

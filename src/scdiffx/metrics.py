@@ -31,6 +31,18 @@ class GradientFlow(NamedTuple):
     parameter, how derivatives along random directions compare with finite differences, as the cosine between the two
     and as the norm of their difference over that of the finite differences; NaN for a dead parameter whose finite
     differences are 0 too.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> flow = sd.metrics.gradient_flow(plan, loss, n_directions=0)
+    >>> list(flow.steps), list(flow.parameters)
+    (['pca'], ['pca.shift', 'pca.scale'])
     """
 
     steps: dict[str, float]
@@ -78,9 +90,15 @@ def gradient_flow(
 
     Examples
     --------
-    >>> flow = sd.metrics.gradient_flow(plan, sd.losses.correlation("dpt_pseudotime", "day"))  # doctest: +SKIP
-    >>> flow.dead  # doctest: +SKIP
-    []
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> flow = sd.metrics.gradient_flow(plan, loss, n_directions=1)
+    >>> flow.dead, bool(flow.cosine["pca.scale"] > 0.999)
+    ([], True)
     """
     ensure_cache()
     if n_directions < 0:

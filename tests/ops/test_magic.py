@@ -14,7 +14,7 @@ import scdiffx as sd
 from helpers import called, pbmc_counts
 from scdiffx import ops
 from scdiffx._core.fields import replace
-from scdiffx.losses import MolecularCrossValidation
+from scdiffx.losses._terms import MolecularCrossValidation
 
 # magic-impute 3.0.0 with graphtools 2.1.0 (numpy 1.26) on the input of `roots`: cells 0, 1, 700, 1499; t = 3, then 7.
 IMPUTED = {

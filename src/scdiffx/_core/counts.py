@@ -48,6 +48,14 @@ class Counts:
     """A sparse cells x genes matrix in row blocks of equal, padded length.
 
     ``position`` is the place of a value in its flattened dense block; pads lie past its end and are dropped.
+
+    Examples
+    --------
+    >>> import scipy.sparse as sp
+    >>> import scdiffx as sd
+    >>> counts = sd.ops.Counts.from_scipy(sp.random(60, 20, 0.2, format="csr", dtype="float32"))
+    >>> counts.shape, sd.ops.Log1p()(counts).to_scipy().shape
+    ((60, 20), (60, 20))
     """
 
     def __init__(

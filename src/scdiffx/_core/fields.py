@@ -86,7 +86,20 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(learnable, buffer, static))
 def operator(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass that JAX sees as a pytree of its learnable and buffer fields."""
+    """Make `cls` a frozen, keyword-only dataclass that JAX sees as a pytree of its learnable and buffer fields.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import scdiffx as sd
+    >>> @sd.ops.operator
+    ... class Power:
+    ...     exponent: float = sd.ops.learnable(default=0.5, constraint="positive")
+    ...     def __call__(self, x):
+    ...         return x**self.exponent
+    >>> Power()(jnp.asarray([1.0, 4.0])).tolist()
+    [1.0, 2.0]
+    """
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     kinds = {f.name: f.metadata.get("kind") for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unmarked = [name for name, kind in kinds.items() if kind is None]

@@ -290,7 +290,18 @@ squared_distances.defvjp(lambda p, z: (squared_distances(p, z), (p, z)), _square
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pattern", "values"], meta_fields=[])
 class Graph:
-    """A sparse matrix of shape (cells, cells): a fixed pattern and differentiable values on its slots."""
+    """A sparse matrix of shape (cells, cells): a fixed pattern and differentiable values on its slots.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> z = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    >>> near = sd.ops.Neighbors(n_neighbors=8)
+    >>> graph = near.init(z)(z).connectivities
+    >>> graph.row_sums().shape, graph.to_scipy().shape
+    ((60,), (60, 60))
+    """
 
     def __init__(self, pattern: Pattern, values: Float[Array, "rows width"]) -> None:
         self.pattern = pattern

@@ -88,6 +88,18 @@ def grid(
     ------
     ValueError
         If a name in `values` is no call of the plan, or a setting cannot be run.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> found = sd.grid(plan, loss, {"pca.n_comps": [5, 10]}, progress=False)
+    >>> found.best
+    {'pca.n_comps': 10}
     """
     import pandas as pd
 

@@ -100,6 +100,18 @@ def fit(
         taken by minibatches, or the checkpoint is that of another fit.
     FloatingPointError
         If the loss or a derivative is not finite; names the step.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> fitted = sd.fit(plan, loss, n_steps=3, progress=False)
+    >>> sorted(fitted.params), fitted.history["step"]
+    (['pca.scale', 'pca.shift'], [0, 1, 2])
     """
     ensure_cache()
     schedules = {} if schedules is None else dict(schedules)

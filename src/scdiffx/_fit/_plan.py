@@ -30,6 +30,16 @@ def plan(adata: Any) -> Plan:
     ------
     TypeError
         If `adata` is not an AnnData.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.normalize_total(plan)
+    >>> sd.pp.log1p(plan)
+    >>> [step.name for step in plan.steps]
+    ['normalize_total', 'log1p']
     """
     _check(adata, "adata")
     return Plan(adata)

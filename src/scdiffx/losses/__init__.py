@@ -8,21 +8,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from scdiffx.losses._groups import BatchMixing, Compactness, Entropy, Modularity
-from scdiffx.losses._label_free import Budget, MaskedReconstruction, ReplicateConsistency
-from scdiffx.losses._terms import (
-    L1,
-    SCALES,
-    Correlation,
-    CrossEntropy,
-    MolecularCrossValidation,
-    Reconstruction,
-    TimeOrder,
+from scdiffx.losses._groups import BatchMixing, Compactness
+from scdiffx.losses._label_free import Budget, ReplicateConsistency
+from scdiffx.losses._loss import Loss
+from scdiffx.losses._terms import L1, Correlation, CrossEntropy, TimeOrder
+from scdiffx.losses._without_labels import (
+    entropy,
+    masked_reconstruction,
+    modularity,
+    molecular_cross_validation,
+    reconstruction,
 )
 
 __all__ = [
@@ -43,25 +38,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A weighted sum of terms."""
-
-    terms: tuple[tuple[float, Any], ...]
-
-    def __add__(self, other: Loss) -> Loss:
-        if not isinstance(other, Loss):
-            return NotImplemented
-        return Loss(self.terms + other.terms)
-
-    def __mul__(self, factor: float) -> Loss:
-        if not isinstance(factor, int | float | np.floating):
-            return NotImplemented
-        return Loss(tuple((float(factor) * weight, term) for weight, term in self.terms))
-
-    __rmul__ = __mul__
-
-
 def correlation(output: str, target: str) -> Loss:
     """1 - Pearson correlation between an output and a column of obs.
 
@@ -72,6 +48,18 @@ def correlation(output: str, target: str) -> Loss:
     target
         Column of obs: numbers, or ordered categories, whose ranks count. Cells where it is NaN, or where the output is
         infinite, do not count.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.cell_weights(plan, {"percent_mito": (None, 0.03)})
+    >>> loss = sd.losses.correlation("cell_weight", "n_genes")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> 0 < found.losses["test"] < 2
+    True
     """
     return Loss(((1.0, Correlation(output=output, target=target)),))
 
@@ -90,6 +78,18 @@ def time_order(output: str, target: str, *, temperature: float = 0.1) -> Loss:
         Column of obs: numbers, or ordered categories. Cells where it is NaN do not count.
     temperature
         Softness, in standard deviations of the output; greater than 0.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.cell_weights(plan, {"percent_mito": (None, 0.03)})
+    >>> loss = sd.losses.time_order("cell_weight", "n_genes")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> found.losses["test"] > 0
+    True
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r} must be greater than 0")
@@ -107,6 +107,18 @@ def cross_entropy(output: str, target: str) -> Loss:
         Key of an array with one row per cell, such as "X_pca".
     target
         Categorical column of obs; cells without a label (NaN) do not count.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> found.losses["train"] < found.losses["test"]
+    True
     """
     return Loss(((1.0, CrossEntropy(output=output, target=target)),))
 
@@ -118,6 +130,18 @@ def l1(output: str) -> Loss:
     ----------
     output
         Key of a numeric output.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.highly_variable_genes(plan, n_top_genes=100, soft=True)
+    >>> loss = sd.losses.l1("gene_weight")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> 0 < found.losses["test"] < 1
+    True
     """
     return Loss(((1.0, L1(output=output)),))
 
@@ -133,71 +157,22 @@ def budget(output: str, size: float) -> Loss:
         Key of a numeric output, such as "gene_weight".
     size
         What the absolute values may sum to; greater than 0.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.highly_variable_genes(plan, n_top_genes=100, soft=True)
+    >>> loss = sd.losses.budget("gene_weight", 50)
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> found.losses["test"] > 0
+    True
     """
     if not size > 0:
         raise ValueError(f"size={size!r} must be greater than 0")
     return Loss(((1.0, Budget(output=output, size=float(size))),))
-
-
-def reconstruction(output: str, layer: str | None = None) -> Loss:
-    """Mean squared difference between a matrix that the plan computes and one of the AnnData.
-
-    Parameters
-    ----------
-    output
-        Name of a layer that the plan writes (cells, genes), such as "magic".
-    layer
-        Layer to compare with; default `X` as it is in the AnnData before the plan.
-    """
-    return Loss(((1.0, Reconstruction(output=output, target=layer)),))
-
-
-def molecular_cross_validation(output: str, layer: str, *, scale: str = "linear", background: float = 0.01) -> Loss:
-    """How well a denoised matrix predicts molecules that it has not seen (Batson et al. 2019).
-
-    The deviance of a Poisson model per held-out molecule: rows of the output are brought to the linear scale, cut at
-    0, made proportions, mixed with a share of the mean profile, and multiplied with the cell's held-out molecules. The
-    plan must read the other molecules only: :func:`scdiffx.pp.split_counts` splits them.
-
-    Parameters
-    ----------
-    output
-        Name of a layer that the plan writes (cells, genes), such as "magic".
-    layer
-        Layer with the counts held out.
-    scale
-        What the output is: "linear" (proportional to expression), "sqrt" or "log1p" of that.
-    background
-        Share of the mean profile, in (0, 1): without it one molecule of a gene predicted to be absent costs infinity.
-    """
-    _check_rate(scale, background)
-    term = MolecularCrossValidation(output=output, target=layer, scale=scale, background=float(background))
-    return Loss(((1.0, term),))
-
-
-def masked_reconstruction(
-    output: str, layer: str = "hidden", *, scale: str = "linear", background: float = 0.01
-) -> Loss:
-    """How well entries that a plan was not shown are predicted from those that it was (Batson and Royer 2019).
-
-    The deviance, per molecule, of a multinomial model for the hidden entries of each cell given their total: what
-    counts are the shares of the hidden genes among each other. The plan must read what is shown:
-    :func:`scdiffx.pp.mask_counts` makes both layers. A prediction that is the same for all cells gains nothing.
-
-    Parameters
-    ----------
-    output
-        Name of a layer that the plan writes (cells, genes), such as "magic".
-    layer
-        Sparse layer whose stored entries, zeros too, are those that are hidden.
-    scale
-        What the output is: "linear" (proportional to expression), "sqrt" or "log1p" of that.
-    background
-        Share of the genes' means that is mixed in, in (0, 1).
-    """
-    _check_rate(scale, background)
-    term = MaskedReconstruction(output=output, target=layer, scale=scale, background=float(background))
-    return Loss(((1.0, term),))
 
 
 def replicate_consistency(output: str, pairs: str = "replicate_of", *, n_neighbors: int = 15) -> Loss:
@@ -219,6 +194,18 @@ def replicate_consistency(output: str, pairs: str = "replicate_of", *, n_neighbo
         Column of obs that is the same for two cells, those that belong together; others do not count.
     n_neighbors
         Near cells to tell the other half from.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.pp.replicates(sd.datasets.pbmc68k_counts()[:150, :120])
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.log1p(plan)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.replicate_consistency("X_pca")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> found.losses["test"] > 0
+    True
     """
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors!r} must be at least 1")
@@ -245,6 +232,18 @@ def batch_mixing(output: str, batch: str, *, n_neighbors: int = 90) -> Loss:
         Categorical column of obs; cells without a batch (NaN) do not count.
     n_neighbors
         Neighbours of each cell in all batches together; at least 3 of each batch.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.batch_mixing("X_pca", "phase")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> 0 < found.losses["test"] < 1
+    True
     """
     if n_neighbors < 2:
         raise ValueError(f"n_neighbors={n_neighbors!r} must be at least 2")
@@ -262,50 +261,17 @@ def compactness(output: str, groups: str) -> Loss:
         Key of an array with one row per cell, such as "X_pca".
     groups
         Categorical column of obs, such as clusters found before; cells without a group (NaN) do not count.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.compactness("X_pca", "bulk_labels")
+    >>> found = sd.grid(plan, loss, {}, progress=False)
+    >>> 0 < found.losses["test"] < 1
+    True
     """
     return Loss(((1.0, Compactness(output=output, target=groups)),))
-
-
-def modularity(output: str, neighbors_key: str = "neighbors", *, resolution: float = 1.0) -> Loss:
-    """1 - the modularity of soft memberships on the neighbour graph (Newman and Girvan 2004).
-
-    An edge counts for a group by the product of its ends' memberships; for memberships of 0 and 1 this is the
-    modularity that Leiden maximises. Edges between training and held-out cells count for neither.
-
-    Parameters
-    ----------
-    output
-        Key of an array of memberships (cells, groups), such as "leiden_probabilities".
-    neighbors_key
-        Key of `adata.uns` that describes the graph: that of the plan, where it computes one under this key.
-    resolution
-        How much weight is expected between cells, relative to a random graph of the same degrees.
-    """
-    if not resolution >= 0:
-        raise ValueError(f"resolution={resolution!r} must not be negative")
-    return Loss(((1.0, Modularity(output=output, target=neighbors_key, resolution=float(resolution))),))
-
-
-def entropy(output: str, *, of: str = "cells") -> Loss:
-    """Mean entropy of memberships, or the entropy of the mean, between 0 and 1.
-
-    Alone, the first is least where all cells are in one group and the second where none is in any other; their
-    difference, ``entropy(p) + -1.0 * entropy(p, of="groups")``, asks for decided cells in groups of equal size.
-
-    Parameters
-    ----------
-    output
-        Key of an array of probabilities (cells, groups), such as "kmeans_probabilities".
-    of
-        "cells": how undecided cells are on average; "groups": how even the groups are in total.
-    """
-    if of not in ("cells", "groups"):
-        raise ValueError(f"of={of!r} is not available. Available: ['cells', 'groups']")
-    return Loss(((1.0, Entropy(output=output, of=of)),))
-
-
-def _check_rate(scale: str, background: float) -> None:
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is not available. Available: {list(SCALES)}")
-    if not 0 < background < 1:
-        raise ValueError(f"background={background!r} must lie between 0 and 1")

@@ -20,6 +20,15 @@ class CellWeights:
     `sides` says what each cut-off is: the position of its metric among the arguments, and 1 for a lower bound or -1
     for an upper. The transition is `temperature` robust standard deviations of the metric wide (1.4826 MAD, estimated
     at `init`); as it falls to 0 the weights become the filter. Cut-offs and temperature can be learned.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> mito = np.linspace(0, 0.2, 60)
+    >>> op = sd.ops.CellWeights(cutoff=np.array([0.1]), sides=((0, -1),)).init(mito)
+    >>> float(op(mito)[0]) > 0.5 > float(op(mito)[-1])
+    True
     """
 
     by_cell: ClassVar[bool] = True

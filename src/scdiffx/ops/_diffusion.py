@@ -100,6 +100,16 @@ class DiffusionMap:
     With `weights`, cell i counts as ``weights[i]`` cells in every sum over cells, without weight as none: the others'
     components are those of the graph without it, and its own are 0. Its weight does not change its own components but
     by way of the others. Weights below 1e-6 (1e-3 in single precision) count as 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> z = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    >>> near = sd.ops.Neighbors(n_neighbors=8)
+    >>> graph = near.init(z)(z).connectivities
+    >>> sd.ops.DiffusionMap(n_comps=4)(graph).eigenvectors.shape
+    (60, 4)
     """
 
     n_comps: int = static(default=15)
@@ -129,6 +139,19 @@ class Pseudotime:
     eigenvectors never enter, and derivatives are exact and finite on degenerate spectra. `n_comps` eigenvectors are
     computed, of which the first `n_dcs` count; `tol` and `weights` are those of :class:`DiffusionMap`: with them the
     distance is ``P_rr / w_r + P_jj / w_j - 2 P_rj / sqrt(w_r w_j)``, and cells without weight cannot be reached.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> z = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    >>> near = sd.ops.Neighbors(n_neighbors=8)
+    >>> graph = near.init(z)(z).connectivities
+    >>> op = sd.ops.Pseudotime(n_dcs=4, n_comps=6)
+    >>> later = lambda values: op(graph.with_values(values), 0).pseudotime.sum()
+    >>> jax.grad(later)(graph.values).shape == graph.values.shape
+    True
     """
 
     n_dcs: int = static(default=10)

@@ -51,6 +51,19 @@ class FateProbabilities:
 
     With `weights`, steps to cell j are ``weights[j]`` times as likely: none to a cell of weight 0 (below 1e-6), so
     that the others' fates are those of the graph without it, and its own are where it would go.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> z = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    >>> near = sd.ops.Neighbors(n_neighbors=8)
+    >>> graph = near.init(z)(z).connectivities
+    >>> ends = np.full(60, -1)
+    >>> ends[[5, 9]] = 0, 1  # one terminal cell for each of two fates
+    >>> op = sd.ops.FateProbabilities(scheme=None, b=None, nu=None).init(graph, ends)
+    >>> op(graph, ends).probabilities.shape
+    (60, 2)
     """
 
     b: float | Array | None = learnable(default=10.0, constraint="positive")

@@ -89,6 +89,15 @@ class HighlyVariable:
         Width of the transition, in robust standard deviations of the scores.
     shift
         Learned change of the log-odds of each gene; zeros from :meth:`init`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> x = np.random.default_rng(0).poisson(2.0, (60, 20)).astype(np.float32)
+    >>> op = sd.ops.HighlyVariable(flavor="seurat_v3", n_top_genes=5).init(x)
+    >>> int((op(x).weight > 0.5).sum())
+    5
     """
 
     flavor: str = static(default="seurat")

@@ -44,6 +44,15 @@ class KMeans:
     k-means), rematerialised on the way back; as it falls to 0 they change nothing. `temperature` None is set at
     `init` to twice the mean variance within clusters and per dimension: memberships are then the posteriors of
     spherical Gaussians of equal weight, with that variance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> z = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    >>> op = sd.ops.KMeans(n_clusters=3, n_init=1).init(z)
+    >>> op(z).memberships.shape
+    (60, 3)
     """
 
     temperature: float | Array | None = learnable(default=None, constraint="positive")

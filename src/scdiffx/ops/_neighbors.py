@@ -40,6 +40,15 @@ class Neighbors:
     `init` searches the neighbours (never differentiated). Calling recomputes their distances and weights from the
     representation, so derivatives follow distances, local scales and weights over the fixed pattern. `bandwidth`
     multiplies the local scale of every cell; 1 is the classical graph.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> z = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    >>> op = sd.ops.Neighbors(n_neighbors=8).init(z)
+    >>> op(z).distances.shape  # a cell is one of its own eight neighbours
+    (60, 7)
     """
 
     bandwidth: float | Array = learnable(default=1.0, constraint="positive")

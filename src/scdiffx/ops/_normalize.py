@@ -30,6 +30,16 @@ class NormalizeTotal:
     `target_sum` None becomes the median total of the non-empty cells at `init`. With `exclude_highly_expressed`, genes
     that make up more than `max_fraction` of any one cell do not count towards the totals; which genes these are is
     discrete structure. Cells without counts stay at 0.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> x = np.random.default_rng(0).poisson(2.0, (60, 20)).astype(np.float32)
+    >>> op = sd.ops.NormalizeTotal().init(x)
+    >>> jax.grad(lambda x: (op(x).x ** 2).sum())(x).shape
+    (60, 20)
     """
 
     by_cell: ClassVar[bool] = True
@@ -67,7 +77,16 @@ def _never_dominant(x: C.Matrix, max_fraction: float) -> Array:
 
 @operator
 class Log1p:
-    """log(1 + x), natural or to another `base`."""
+    """log(1 + x), natural or to another `base`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> x = np.random.default_rng(0).poisson(2.0, (60, 20)).astype(np.float32)
+    >>> bool(np.allclose(sd.ops.Log1p()(x), np.log1p(x), rtol=1e-5))
+    True
+    """
 
     by_cell: ClassVar[bool] = True
     base: float | None = static(default=None)
@@ -90,6 +109,15 @@ class Scale:
     """Centre each gene and divide by its standard deviation (n - 1); then clip at `max_value`.
 
     The statistics are estimated once, at `init`, so that a cell's values never depend on which cells come with it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> x = np.random.default_rng(0).poisson(2.0, (60, 20)).astype(np.float32)
+    >>> op = sd.ops.Scale(max_value=3.0).init(x)
+    >>> bool(abs(op(x).x).max() <= 3)
+    True
     """
 
     by_cell: ClassVar[bool] = True

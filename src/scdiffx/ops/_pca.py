@@ -64,6 +64,15 @@ class PCA:
     column of the scores is multiplied by its learnable `scale` (1 at first): how much that component counts.
 
     `weight` multiplies the genes before projection; `mask` selects genes, once and for all at `init`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> x = np.random.default_rng(0).poisson(2.0, (60, 20)).astype(np.float32)
+    >>> op = sd.ops.PCA(n_comps=3).init(x)
+    >>> op(x).scores.shape, op.scale.shape
+    ((60, 3), (3,))
     """
 
     shift: Array | None = learnable(default=None)

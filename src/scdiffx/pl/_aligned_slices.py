@@ -47,6 +47,18 @@ def aligned_slices(
     ------
     KeyError
         If slices were not aligned, or there is no such column.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> adata.obsm["spatial"] = np.random.default_rng(0).uniform(size=(150, 2))  # in place of a tissue
+    >>> adata.obs["slice"] = np.where(np.arange(150) % 3 == 0, "first", "second")
+    >>> sd.tl.align_slices(adata, "slice", epsilon=0.05)
+    >>> ax = sd.pl.aligned_slices(adata, show=False)
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['first', 'second']
     """
     if key not in adata.uns:
         raise KeyError(f"key={key!r} is not in `adata.uns`: run `sd.tl.align_slices` first")

@@ -58,6 +58,15 @@ def ambient(
         If there are no ambient fractions, or no such column or layer.
     ValueError
         If `kind` or `n_genes` is not usable.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.remove_ambient(adata, groupby="bulk_labels")
+    >>> ax = sd.pl.ambient(adata, kind="genes", n_genes=5, show=False)
+    >>> len(ax.get_yticklabels())
+    5
     """
     if kind not in _KINDS:
         raise ValueError(f"kind={kind!r} is unknown. Available: {list(_KINDS)}")

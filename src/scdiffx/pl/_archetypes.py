@@ -58,6 +58,16 @@ def archetypes(
         If there are no archetypes under `key`, or `color` is not in `adata.obs`.
     ValueError
         If there are fewer than three archetypes.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.archetypes(adata, n_archetypes=3, n_init=1, n_bootstrap=0)
+    >>> ax = sd.pl.archetypes(adata, show=False)
+    >>> [text.get_text() for text in ax.texts]
+    ['0', '1', '2']
     """
     from matplotlib.colors import to_rgb
 

@@ -62,6 +62,16 @@ def attribution(
         If there is no such attribution or group.
     ValueError
         If `n_genes` or `sign` is not usable.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.attribution(adata, "S_score")
+    >>> ax = sd.pl.attribution(adata, "S_score", n_genes=5, show=False)
+    >>> ax.get_xlabel()
+    'correlation with S_score'
     """
     if n_genes < 1:
         raise ValueError(f"n_genes={n_genes!r} must be at least 1")

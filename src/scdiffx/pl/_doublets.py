@@ -41,6 +41,15 @@ def doublets(adata: AnnData, *, batch: str | None = None, ax: Axes | None = None
         If there are no scores, or no such batch.
     ValueError
         If the scores were computed by batch and none is named, or the other way round.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.scrublet(adata, threshold=0.2)
+    >>> ax = sd.pl.doublets(adata, show=False)
+    >>> ax.get_title()
+    'doublet scores'
     """
     if "scrublet" not in adata.uns or "doublet_score" not in adata.obs:
         raise KeyError("there are no doublet scores in `adata`: run `sd.pp.scrublet` first")

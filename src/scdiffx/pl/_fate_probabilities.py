@@ -62,6 +62,18 @@ def fate_probabilities(
     ----------
     Lange et al. (2022), CellRank for directed single-cell fate mapping; Velten et al. (2017), Human haematopoietic stem
     cell lineage commitment is a continuous process.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.pseudotime(adata, root=0)
+    >>> states = ["CD19+ B", "CD14+ Monocyte", "CD56+ NK"]
+    >>> sd.tl.fate_probabilities(adata, states, groupby="bulk_labels")
+    >>> ax = sd.pl.fate_probabilities(adata, color="bulk_labels", show=False)
+    >>> ax.get_legend().get_title().get_text()
+    'bulk_labels'
     """
     if "lineages_fwd" not in adata.obsm:
         raise KeyError("'lineages_fwd' is not in `adata.obsm`: run `sd.tl.fate_probabilities` first")

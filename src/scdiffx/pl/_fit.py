@@ -37,6 +37,19 @@ def fit(fitted: Fitted, *, ax: Axes | None = None, show: bool | None = None) -> 
     Returns
     -------
     matplotlib.axes.Axes
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> fitted = sd.fit(plan, loss, n_steps=3, progress=False)
+    >>> ax = sd.pl.fit(fitted, show=False)
+    >>> ax.get_ylabel()
+    'loss'
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -33,6 +33,19 @@ def gradients(flow: Any, *, ax: Axes | None = None, show: bool | None = None) ->
     Returns
     -------
     matplotlib.axes.Axes
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> plan = sd.plan(adata)
+    >>> sd.pp.pca(plan, n_comps=5)
+    >>> loss = sd.losses.cross_entropy("X_pca", "bulk_labels")
+    >>> flow = sd.metrics.gradient_flow(plan, loss, n_directions=0)
+    >>> ax = sd.pl.gradients(flow, show=False)
+    >>> [text.get_text() for text in ax.get_yticklabels()]
+    ['pca', 'pca.shift', 'pca.scale']
     """
     names = [*flow.steps, *flow.parameters]
     sizes = np.asarray([*flow.steps.values(), *flow.parameters.values()], float)

@@ -54,6 +54,16 @@ def grn(
         If there is no network under `key`, or a factor has no edge in it.
     ValueError
         If `n_edges` is below 1.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.grn(adata, ["SPI1", "IRF8"])
+    >>> ax = sd.pl.grn(adata, n_edges=10, show=False)
+    >>> len(ax.patches)
+    10
     """
     import igraph
     from matplotlib.lines import Line2D

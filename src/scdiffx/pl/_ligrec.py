@@ -67,6 +67,16 @@ def ligrec(
         If the results, a group or an interaction are missing.
     ValueError
         If nothing is left to show, or a number is not usable.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.ligrec(adata, "bulk_labels", [("CCL5", "CD2"), ("GZMB", "CD3D")], n_perms=10)
+    >>> ax = sd.pl.ligrec(adata, max_qvalue=1, show=False)
+    >>> len(ax.get_yticklabels())
+    2
     """
     if n_interactions < 1:
         raise ValueError(f"n_interactions={n_interactions!r} must be at least 1")

@@ -57,6 +57,18 @@ def ot_flow(
         If there are no couplings, or there is no such column.
     ValueError
         If a cell has no group, `min_share` is not in [0, 1), or cells are no longer those that were coupled.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obs["day"] = np.arange(700) % 2  # in place of real time points
+    >>> sd.tl.ot_trajectory(adata, "day")
+    >>> ax = sd.pl.ot_flow(adata, "bulk_labels", show=False)
+    >>> ax.get_xlabel()
+    'day'
     """
     if key not in adata.uns:
         raise KeyError(f"key={key!r} is not in `adata.uns`: run `sd.tl.ot_trajectory` first")

@@ -67,6 +67,16 @@ def pseudotime(
         If the column `key` does not hold numbers.
     ValueError
         If `basis` has too few columns.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.pseudotime(adata, root=0)
+    >>> ax = sd.pl.pseudotime(adata, groupby="bulk_labels", show=False)
+    >>> ax.get_xlabel()
+    'dpt_pseudotime'
     """
     column = lookup(adata.obs, key, "key", "obs")
     if column.dtype.kind not in "fiu":

@@ -58,6 +58,16 @@ def spatial_domains(
         If there are no domains under `key`, no coordinates, or no such slice.
     ValueError
         If domains were found in several slices and none is named, or the other way round.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obsm["spatial"] = adata.obsm["X_umap"]  # in place of coordinates in a tissue
+    >>> ax = sd.pl.spatial_domains(adata, key="louvain", show=False)
+    >>> ax.get_legend().get_title().get_text()
+    'louvain'
     """
     if key not in adata.obs:
         raise KeyError(f"key={key!r} is not in `adata.obs`; run `sd.tl.spatial_domains` first")

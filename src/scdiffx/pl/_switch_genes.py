@@ -68,6 +68,19 @@ def switch_genes(
         If the results, the pseudotime, a gene or the layer are missing.
     ValueError
         If no gene is left to show, or a number is not usable.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.normalize_total(adata)
+    >>> sd.pp.log1p(adata)
+    >>> adata.obs["time"] = np.linspace(0, 1, 150)  # in place of a pseudotime
+    >>> sd.tl.switch_de(adata, "time", n_permutations=3)
+    >>> ax = sd.pl.switch_genes(adata, ["HES4", "CD52"], show=False)
+    >>> ax.get_xlabel()
+    'time'
     """
     if n_genes < 1:
         raise ValueError(f"n_genes={n_genes!r} must be at least 1")

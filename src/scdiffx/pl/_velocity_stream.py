@@ -71,6 +71,20 @@ def velocity_stream(
         If the embedding or its velocities, or `color`, do not exist.
     ValueError
         If the embedding has one dimension, no cell has a velocity, or a number is not usable.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.split_counts(adata, {"spliced": 0.75, "unspliced": 0.25})  # in place of measured layers
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.neighbors(adata, n_neighbors=9)
+    >>> sd.tl.velocity(adata, mode="deterministic", min_r2=-1)
+    >>> sd.tl.velocity_graph(adata)
+    >>> sd.tl.velocity_embedding(adata, basis="pca")
+    >>> ax = sd.pl.velocity_stream(adata, color="bulk_labels", show=False)
+    >>> ax.get_xlabel()
+    'PC1'
     """
     for name, value in (("density", density), ("smooth", smooth)):
         if not (np.isfinite(value) and value > 0):

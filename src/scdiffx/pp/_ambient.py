@@ -104,6 +104,14 @@ def remove_ambient(
     ----------
     Young and Behjati (2020), SoupX removes ambient RNA contamination from droplet-based single-cell RNA sequencing
     data. Yang et al. (2020), Decontamination of ambient RNA in single-cell RNA-seq with DecontX.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.remove_ambient(adata, groupby="bulk_labels")
+    >>> adata.layers["decontaminated"].shape, bool((adata.obs["ambient_fraction"] < 1).all())
+    ((150, 120), True)
     """
     seed = as_seed(one_rng(rng, random_state))
     data = adata.adata if isinstance(adata, Plan) else adata

@@ -66,6 +66,14 @@ def cell_weights(
     -----
     `sd.tl.diffmap`, `sd.tl.pseudotime` and `sd.tl.fate_probabilities` take the column as `weights`. In a plan the
     cut-offs and the temperature can be learned.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.cell_weights(adata, {"percent_mito": (None, 0.03), "n_genes": (1000, None)})
+    >>> bool(adata.obs["cell_weight"].between(0, 1).all())
+    True
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if not (math.isfinite(temperature) and temperature > 0):

@@ -88,6 +88,14 @@ def denoise(
     References
     ----------
     Lee et al. (2019), Set Transformer; Batson et al. (2019), Molecular cross-validation for single-cell RNA-seq.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.denoise(adata, genes=["TNFRSF4", "HES4"], max_epochs=1, progress=False)
+    >>> adata.obsm["X_denoised"].shape
+    (150, 2)
     """
     seed = as_seed(one_rng(rng, random_state))
     data = adata.adata if isinstance(adata, Plan) else adata

@@ -113,6 +113,15 @@ def harmony_integrate(
     References
     ----------
     Korsunsky et al. (2019), Fast, sensitive and accurate integration of single-cell data with Harmony.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.pp.harmony_integrate(adata, "phase", max_iter_harmony=2)
+    >>> adata.obsm["X_pca_harmony"].shape
+    (700, 50)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     seed = as_seed(one_rng(rng, random_state))

@@ -68,16 +68,28 @@ def highly_variable_genes(
 
     Returns
     -------
-    None, or the copy. Sets, in `adata.var` (genes,):
+    None, or the copy. Sets:
 
-    `highly_variable` : bool
-    `means` : float64
-    `dispersions` float64 and `dispersions_norm` float32 ("seurat", "cell_ranger")
-    `highly_variable_rank` float32, `variances` and `variances_norm` float64 ("seurat_v3")
-    `highly_variable_nbatches` int64 and `highly_variable_intersection` bool, with `batch_key`
-    `gene_weight` : float32, with ``soft=True``
-
-    and `adata.uns["hvg"]`, the flavor.
+    `adata.var["highly_variable"]` : bool (genes,)
+        Which genes are highly variable.
+    `adata.var["means"]` : float64 (genes,)
+        Mean expression.
+    `adata.var["dispersions"]` : float64 (genes,), with "seurat"
+        Logarithm of variance over mean.
+    `adata.var["dispersions_norm"]` : float32 (genes,), with "seurat"
+        The same, relative to genes of similar mean.
+    `adata.var["highly_variable_rank"]` : float32 (genes,), with "seurat_v3"
+        Rank by normalised variance, from 0; NaN for genes that are not highly variable.
+    `adata.var["variances", "variances_norm"]` : float64 (genes,), with "seurat_v3"
+        Variance of the counts, and that of counts standardised by the variance expected at their mean.
+    `adata.var["highly_variable_nbatches"]` : int64 (genes,), with `batch_key`
+        In how many batches the gene is highly variable.
+    `adata.var["highly_variable_intersection"]` : bool (genes,), with `batch_key`
+        Whether it is in all of them.
+    `adata.var["gene_weight"]` : float32 (genes,), with ``soft=True``
+        How highly variable, in [0, 1].
+    `adata.uns["hvg"]` : dict
+        The `flavor`.
 
     Raises
     ------
@@ -90,6 +102,15 @@ def highly_variable_genes(
     ----------
     Satija et al. (2015), Spatial reconstruction of single-cell gene expression data; Zheng et al. (2017); Stuart et
     al. (2019), Comprehensive integration of single-cell data.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.pp.highly_variable_genes(adata, n_top_genes=100, soft=True)
+    >>> int(adata.var["highly_variable"].sum()), int((adata.var["gene_weight"] > 0.5).sum())
+    (100, 100)
     """
     if flavor not in FLAVORS:
         raise ValueError(f"flavor={flavor!r} is unknown. Available: {list(FLAVORS)}")

@@ -130,6 +130,17 @@ def mmd_integrate(
     ----------
     Gretton et al. (2012), A kernel two-sample test. Lotfollahi et al. (2020), Conditional out-of-distribution
     generation for unpaired data using transfer VAE.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> adata.obs["batch"] = np.where(np.arange(150) % 3 == 0, "a", "b")  # in place of real batches
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.mmd_integrate(adata, "batch", n_hidden=8, max_steps=2, progress=False)
+    >>> adata.obsm["X_mmd"].shape
+    (150, 9)
     """
     settings = _settings("mmd", basis, weight, n_latent, n_hidden, (max_steps, patience), progress)
     source = _source(adata, key, basis, layer, "mmd_integrate")
@@ -230,6 +241,17 @@ def wgan_integrate(
     References
     ----------
     Gulrajani et al. (2017), Improved training of Wasserstein GANs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> adata.obs["batch"] = np.where(np.arange(150) % 3 == 0, "a", "b")  # in place of real batches
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.wgan_integrate(adata, "batch", n_hidden=8, max_steps=2, progress=False)
+    >>> adata.obsm["X_wgan"].shape
+    (150, 9)
     """
     settings = _settings("wgan", basis, weight, n_latent, n_hidden, (max_steps, patience), progress)
     source = _source(adata, key, basis, layer, "wgan_integrate")

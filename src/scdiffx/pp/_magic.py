@@ -101,6 +101,15 @@ def magic(
     References
     ----------
     van Dijk et al. (2018), Recovering gene interactions from single-cell data using data diffusion.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.pp.magic(adata, genes=["CD3D", "LYZ"], neighbors_key="neighbors")
+    >>> adata.obsm["X_magic"].shape
+    (700, 2)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if isinstance(t, str):

@@ -64,6 +64,15 @@ def mask_counts(
     References
     ----------
     Batson and Royer (2019), Noise2Self: blind denoising by self-supervision.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.mask_counts(adata, 0.1)
+    >>> shown, hidden = adata.layers["shown"], adata.layers["hidden"]
+    >>> abs(shown + hidden - adata.X).nnz, shown.multiply(hidden).nnz
+    (0, 0)
     """
     if isinstance(adata, Plan):
         raise TypeError("mask_counts cannot be part of a plan: call it on the AnnData before `sd.plan(adata)`")

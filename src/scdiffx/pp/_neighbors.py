@@ -69,12 +69,12 @@ def neighbors(
     -------
     None, or the copy. Sets:
 
-    `adata.obsp["distances" | f"{key_added}_distances"]` : csr_matrix (cells, cells)
-        Distances to the `n_neighbors` - 1 nearest neighbours; float64 when exact, else float32.
+    `adata.obsp["distances" | f"{key_added}_distances"]` : csr_matrix float64, or float32 (cells, cells)
+        Distances to the `n_neighbors` - 1 nearest neighbours; float64 when exact.
     `adata.obsp["connectivities" | f"{key_added}_connectivities"]` : csr_matrix float32 (cells, cells)
         Weights in [0, 1], symmetric.
     `adata.uns["neighbors" | key_added]` : dict
-        The two keys and `params`.
+        `connectivities_key` and `distances_key`, where the two are, and `params`.
 
     Raises
     ------
@@ -88,6 +88,15 @@ def neighbors(
     References
     ----------
     McInnes et al. (2018), UMAP; Haghverdi et al. (2016), Diffusion pseudotime (for "gauss").
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.pp.neighbors(adata, n_neighbors=15, key_added="fifteen")
+    >>> int(adata.obsp["fifteen_distances"][0].nnz)
+    14
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if method not in ops.KERNELS:

@@ -63,6 +63,14 @@ def normalize_total(
     References
     ----------
     Weinreb et al. (2017), SPRING: a kinetic interface for visualizing high dimensional single-cell expression data.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.normalize_total(adata, target_sum=1e4)
+    >>> bool((abs(adata.X.sum(axis=1) - 1e4) < 1).all())
+    True
     """
     if not 0 <= max_fraction <= 1:
         raise ValueError(f"max_fraction={max_fraction!r} must lie between 0 and 1")
@@ -123,6 +131,15 @@ def log1p(
         If `base` is not positive or is 1, or a value is negative or not finite.
     KeyError
         If `layer` does not exist.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.normalize_total(adata)
+    >>> sd.pp.log1p(adata)
+    >>> adata.uns["log1p"]
+    {'base': None}
     """
     if base is not None and (not base > 0 or base == 1):
         raise ValueError(f"base={base!r} must be positive and not 1")
@@ -184,6 +201,15 @@ def scale(
         If `max_value` is not positive or values are not finite.
     KeyError
         If `layer` does not exist.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.pp.scale(adata, zero_center=False, max_value=10)
+    >>> bool(adata.X.max() <= 10)
+    True
     """
     if max_value is not None and not max_value > 0:
         raise ValueError(f"max_value={max_value!r} must be greater than 0")

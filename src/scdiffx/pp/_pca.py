@@ -87,6 +87,15 @@ def pca(
     References
     ----------
     Pearson (1901), On lines and planes of closest fit to systems of points in space.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.pp.pca(adata, n_comps=10)
+    >>> adata.obsm["X_pca"].shape, adata.varm["PCs"].shape
+    ((700, 10), (765, 10))
     """
     as_seed(one_rng(rng, random_state))
     if svd_solver not in _SOLVERS:

@@ -60,6 +60,14 @@ def replicates(
     ----------
     Neufeld et al. (2024), Inference after latent variable estimation for single-cell RNA sequencing data; Ahlmann-Eltze
     and Huber (2023), Comparison of transformations for single-cell RNA-seq data.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> halves = sd.pp.replicates(adata)
+    >>> halves.shape, list(halves.obs["replicate"].cat.categories)
+    ((300, 120), ['1', '2'])
     """
     import anndata as ad
     import pandas as pd

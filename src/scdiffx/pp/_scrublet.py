@@ -108,6 +108,14 @@ def scrublet(
     Wolock et al. (2019), Scrublet: computational identification of cell doublets in single-cell transcriptomic data.
     Germain et al. (2022), Doublet identification in single-cell sequencing data using scDblFinder.
     Bais and Kostka (2020), scds: computational annotation of doublets in single-cell RNA sequencing data.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.scrublet(adata, threshold=0.2)
+    >>> adata.uns["scrublet"]["doublet_scores_sim"].shape
+    (300,)
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Available: {sorted(METHODS)}")

@@ -85,6 +85,16 @@ def solo(
     References
     ----------
     Bernstein et al. (2020), Solo: doublet identification in single-cell RNA-seq via semi-supervised deep learning.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> adata.obs["batch"] = np.where(np.arange(150) % 3 == 0, "a", "b")  # in place of real batches
+    >>> sd.pp.solo(adata, batch_key="batch", max_epochs=2, progress=False)
+    >>> bool(adata.obs["solo_score"].between(0, 1).all())
+    True
     """
     seed = as_seed(one_rng(rng, random_state))
     for name, value in {"doublet_rate": doublet_rate, "threshold": threshold}.items():

@@ -63,6 +63,14 @@ def split_counts(
     ----------
     Batson et al. (2019), Molecular cross-validation for single-cell RNA-seq; Neufeld et al. (2024), Inference after
     latent variable estimation for single-cell RNA sequencing data.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.split_counts(adata)
+    >>> abs(adata.layers["fit"] + adata.layers["choose"] + adata.layers["test"] - adata.X).nnz
+    0
     """
     if isinstance(adata, Plan):
         raise TypeError("split_counts cannot be part of a plan: call it on the AnnData before `sd.plan(adata)`")

@@ -78,9 +78,9 @@ def vae(
 
     `adata.obsm["X_vae" | key_added]` : float32 (cells, n_latent)
         Means of the approximate posterior.
-    `adata.layers["vae_normalized"]` : float32 (cells, genes), if `genes` is "all"
+    `adata.layers["vae_normalized" | f"{key_added}_normalized"]` : float32 (cells, genes), if `genes` is "all"
         Expected expression, which sums to `library_size` in each cell.
-    `adata.obsm["X_vae_normalized"]` : float32 (cells, len(genes)), if `genes` are named
+    `adata.obsm["X_vae_normalized" | f"X_{key_added}_normalized"]` : float32 (cells, len(genes)), if `genes` are named
         The same for these genes, in the order of `uns["vae"]["params"]["genes"]`.
     `adata.uns["vae" | key_added]` : dict
         `params`; `net`, the weights by name (``ops.VAE(net=...)`` takes them); `history`, the negative lower bound on
@@ -99,6 +99,14 @@ def vae(
     References
     ----------
     Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.vae(adata, genes=["TNFRSF4", "HES4"], n_latent=3, max_epochs=1, progress=False)
+    >>> adata.obsm["X_vae"].shape, adata.obsm["X_vae_normalized"].shape
+    ((150, 3), (150, 2))
     """
     seed = as_seed(one_rng(rng, random_state))
     data = adata.adata if isinstance(adata, Plan) else adata

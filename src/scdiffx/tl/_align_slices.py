@@ -123,6 +123,17 @@ def align_slices(
     Zeira et al. (2022), Alignment and integration of spatial transcriptomics data. Liu, Zeira and Raphael (2023),
     Partial alignment of multislice spatially resolved transcriptomics data. Vayer et al. (2020), Fused
     Gromov-Wasserstein distance for structured objects.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> adata.obsm["spatial"] = np.random.default_rng(0).uniform(size=(150, 2))  # in place of a tissue
+    >>> adata.obs["slice"] = np.where(np.arange(150) % 3 == 0, "first", "second")
+    >>> sd.tl.align_slices(adata, "slice", epsilon=0.05)
+    >>> adata.obsm["spatial_aligned"].shape
+    (150, 2)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     names = _slices(data, batch_key)

@@ -209,6 +209,17 @@ def annotate(
     single-cell RNA-seq for tumor microenvironment profiling. Xu et al. (2021), Probabilistic harmonization and
     annotation of single-cell transcriptomics data with deep generative models. Kingma et al. (2014), Semi-supervised
     learning with deep generative models.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> labels = adata.obs["bulk_labels"]
+    >>> adata.obs["known"] = labels.where(labels.isin(["CD19+ B", "CD14+ Monocyte"]))
+    >>> sd.tl.annotate(adata, labels_key="known", penalty=0.1, n_folds=2)
+    >>> list(adata.obsm["annotation_probabilities"])
+    ['CD14+ Monocyte', 'CD19+ B']
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not available. Available: {list(MODES)}")

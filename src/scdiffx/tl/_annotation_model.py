@@ -60,6 +60,16 @@ class AnnotationModel:
         The genes, in the order of the operator's.
     level
         Mean normalised value of each gene among the labelled cells, no logarithm (genes,).
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> model = sd.tl.annotation_model(adata, "phase", penalty=0.1, n_folds=2)
+    >>> model.save("phases")
+    >>> sd.tl.AnnotationModel.load("phases").names
+    ['G1', 'G2M', 'S']
     """
 
     op: ops.LogisticAnnotation
@@ -182,7 +192,9 @@ def annotation_model(
 
     Examples
     --------
-    >>> import anndata as ad, numpy as np, pandas as pd, scdiffx as sd
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import scdiffx as sd
     >>> cells = ad.AnnData(np.kron(np.eye(2), np.ones((20, 3))) + np.random.default_rng(0).random((40, 6)))
     >>> cells.obs["type"] = ["T"] * 20 + ["B"] * 20
     >>> sd.tl.annotation_model(cells, "type").names

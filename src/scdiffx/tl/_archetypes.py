@@ -96,6 +96,15 @@ def archetypes(
     ----------
     Mørup and Hansen (2012), Archetypal analysis for machine learning and data mining. Cutler and Breiman (1994),
     Archetypal analysis.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.archetypes(adata, n_archetypes=3, n_init=1, n_bootstrap=0)
+    >>> adata.obsm["archetype_weights"].shape
+    (700, 3)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     limits = (("n_init", n_init, 1), ("max_iter", max_iter, 1), ("n_bootstrap", n_bootstrap, 0))

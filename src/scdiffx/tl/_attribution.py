@@ -111,6 +111,15 @@ def attribution(
     ----------
     Lange et al. (2022), CellRank for directed single-cell fate mapping. Haufe et al. (2014), On the interpretation of
     weight vectors of linear models in multivariate neuroimaging.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.attribution(adata, "S_score")
+    >>> list(adata.varm["attribution_S_score"])
+    ['all_value', 'all_qval']
     """
     plan = adata if isinstance(adata, Plan) else None
     data: Any = adata.adata if isinstance(adata, Plan) else adata

@@ -88,21 +88,23 @@ def communication(
     -------
     None, or the copy. Sets:
 
-    `adata.uns["communication" | key_added]` : data frame
+    `adata.uns["communication" | key_added]` : DataFrame
         A row for each pair whose genes the data have, smallest p-values first: `ligand` and `receptor` (categorical,
         names as given); `statistic` (mean over genes of by how much squared z-scores exceed 4), `pvalue`, `qvalue`
         (Benjamini-Hochberg); `gain`, the share of the genes' variance that the pair adds in held-out cells; and
         `importance`, the share of the programs' that the model of all pairs loses there without it. Both may be below
         0.
-    `adata.uns["communication_groups" | f"{key_added}_groups"]` : data frame
+    `adata.uns["communication_groups" | f"{key_added}_groups"]` : DataFrame
         With `groupby`: `ligand`, `receptor`, `source`, `target`, and `importance` of the pair where only cells of
         `source` send and only those of `target` receive; largest first. A description, without a test.
     `adata.obsm["X_communication" | f"X_{key_added}"]` : float32 (cells, programs)
         What neighbours add to the predicted programs of each cell.
     `adata.uns["communication_params" | f"{key_added}_params"]` : dict
-        The settings, and in `r2` and `r2_test` the shares of the variance of programs that are predicted in held-out
-        cells, over all parts and in the first one: by the cell's `own` type and expression, by the `types` around it
-        too (as NCEM does), by ligands and pairs too (`linear`), and by the network (`gat`, in `r2_test` alone).
+        The settings `method`, `neighbors`, `groupby`, `batch_key`, `n_genes`, `n_programs`, `n_perms` and
+        `random_state`; the number of `interactions` whose genes the data have; and in `r2` and `r2_test` the shares of
+        the variance of programs that are predicted in held-out cells, over all parts and in the first one: by the
+        cell's `own` type and expression, by the `types` around it too (as NCEM does), by ligands and pairs too
+        (`linear`), and by the network (`gat`, in `r2_test` alone).
 
     Raises
     ------
@@ -136,6 +138,17 @@ def communication(
     ----------
     Fischer, Schaar and Theis (2023), Modeling intercellular communication in tissues using spatial graphs of cells
     (NCEM). Brody, Alon and Yahav (2022), How attentive are graph attention networks? (GATv2).
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> adata.obsm["spatial"] = adata.obsm["X_umap"]  # in place of coordinates in a tissue
+    >>> pairs = [("CCL5", "CD2"), ("GZMB", "CD3D")]
+    >>> sd.tl.communication(adata, pairs, n_genes=50, n_programs=2, n_perms=2)
+    >>> adata.obsm["X_communication"].shape
+    (700, 2)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if method not in _METHODS:

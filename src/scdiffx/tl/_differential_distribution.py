@@ -90,6 +90,16 @@ def differential_distribution(
     Korthauer et al. (2016), A statistical approach for identifying differential distributions in single-cell RNA-seq
     experiments (the patterns; the test is not theirs). Hodges (1958), The significance probability of the Smirnov
     two-sample test.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.differential_distribution(adata, "bulk_labels", groups=["CD19+ B"])
+    >>> table = adata.uns["differential_distribution"]["table"]
+    >>> table["gene"].iloc[0]
+    'CD79A'
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if not 0 < alpha < 1:

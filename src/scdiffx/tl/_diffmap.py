@@ -102,6 +102,15 @@ def diffmap(
     ----------
     Coifman et al. (2005), Geometric diffusions as a tool for harmonic analysis and structure definition of data;
     Haghverdi et al. (2015), Diffusion maps for high-dimensional single-cell analysis of differentiation data.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.diffmap(adata)
+    >>> adata.obsm["X_diffmap"].shape
+    (700, 15)
     """
     if n_comps <= 2:
         raise ValueError(f"n_comps={n_comps!r} must be at least 3: the first component is stationary")

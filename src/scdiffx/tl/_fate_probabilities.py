@@ -136,6 +136,16 @@ def fate_probabilities(
     single-cell data with Palantir; Stassen et al. (2021), Generalized and scalable trajectory inference in single-cell
     omics data with VIA; Velten et al. (2017), Human haematopoietic stem cell lineage commitment is a continuous
     process.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.pseudotime(adata, root=0)
+    >>> sd.tl.fate_probabilities(adata, ["CD19+ B", "CD14+ Monocyte"], groupby="bulk_labels")
+    >>> adata.obsm["lineages_fwd"].shape, list(adata.uns["fate"]["names"])
+    ((700, 2), ['CD19+ B', 'CD14+ Monocyte'])
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if data.n_obs < 2:

@@ -68,7 +68,7 @@ def grn(
     -------
     None, or the copy. Sets:
 
-    `adata.uns["grn" | key_added]` : pandas.DataFrame
+    `adata.uns["grn" | key_added]` : DataFrame
         `tf`, `target`, `weight` (standard deviations of the target per standard deviation of the factor, the other
         factors as they are) and `sign` (1 activates, -1 represses), by falling absolute weight.
     `adata.obsm["tf_activity" | f"{key_added}_activity"]` : float32 (cells, tfs)
@@ -77,7 +77,7 @@ def grn(
         Share of the variance that is predicted in held-out cells, below 0 where the mean would predict better. Edges
         to genes with little of it are guesses.
     `adata.uns["grn_params" | f"{key_added}_params"]` : dict
-        `tfs` (the columns of the activity), `penalty`, and the settings.
+        `tfs` (the columns of the activity), `penalty`, `random_state`, and whether there was a `prior`.
 
     Raises
     ------
@@ -101,6 +101,15 @@ def grn(
     Huynh-Thu et al. (2010), Inferring regulatory networks from expression data using tree-based methods (one regression
     a gene). Hoerl and Kennard (1970), Ridge regression. Badia-i-Mompel et al. (2022), decoupleR (activities as weighted
     means of targets).
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.grn(adata, ["SPI1", "IRF8"])
+    >>> adata.obsm["tf_activity"].shape, adata.uns["grn"].columns.tolist()
+    ((700, 2), ['tf', 'target', 'weight', 'sign'])
     """
     if penalty is not None and not penalty > 0:
         raise ValueError(f"penalty={penalty!r} must be None or greater than 0")

@@ -129,6 +129,17 @@ def influence(
     with correlations of .9 to .99, rather too small by a tenth to a half. With new components too they predicted
     pseudotime without the most influential cells (.96), less that without others (.7), and not their fates: components
     that are found anew move the result by more than one cell does.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> plan = sd.plan(adata)
+    >>> for step in (sd.pp.normalize_total, sd.pp.log1p, sd.pp.pca):
+    ...     step(plan)
+    >>> sd.tl.influence(plan, "X_pca", column=0)
+    >>> list(adata.obsm["influence_X_pca_0"])
+    ['normalize_total.target_sum']
     """
     if not isinstance(adata, Plan):
         raise TypeError("influence evaluates a plan anew: pass one from `sd.plan(adata)`, not an AnnData")

@@ -95,6 +95,15 @@ def kmeans(
     ----------
     Arthur and Vassilvitskii (2007), k-means++: the advantages of careful seeding. Lloyd (1982), Least squares
     quantization in PCM.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.kmeans(adata, n_clusters=4)
+    >>> list(adata.obs["kmeans"].cat.categories)
+    ['0', '1', '2', '3']
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     for name, value, least in (("n_init", n_init, 1), ("max_iter", max_iter, 1), ("n_soft", n_soft, 0)):

@@ -76,6 +76,19 @@ def latent_time(
     References
     ----------
     Bergen et al. (2020), Generalizing RNA velocity to transient cell states through dynamical modeling.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :20].copy()
+    >>> sd.pp.split_counts(adata, {"spliced": 0.75, "unspliced": 0.25})  # in place of measured layers
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.neighbors(adata, n_neighbors=9)
+    >>> sd.tl.velocity(adata, mode="dynamical", min_r2=-1)
+    >>> sd.tl.velocity_graph(adata)
+    >>> sd.tl.latent_time(adata, min_likelihood=0)
+    >>> bool(adata.obs["latent_time"].between(0, 1).all())
+    True
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     plan = adata if isinstance(adata, Plan) else Plan(data)

@@ -89,6 +89,15 @@ def leiden(
     References
     ----------
     Traag, Waltman and van Eck (2019), From Louvain to Leiden: guaranteeing well-connected communities.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.leiden(adata, resolution=0.5)
+    >>> adata.obs["leiden"].cat.categories[0]
+    '0'
     """
     if not resolution >= 0:
         raise ValueError(f"resolution={resolution!r} must not be negative")

@@ -82,12 +82,13 @@ def ligrec(
     -------
     None, or the copy. Sets:
 
-    `adata.uns["ligrec" | key_added]` : data frame
+    `adata.uns["ligrec" | key_added]` : DataFrame
         A row for each test, smallest p-values first: `source` and `target` (sending and receiving group), `ligand` and
         `receptor` (categorical, names as given), `mean` (half the sum of both means), `pvalue` and `qvalue`
         (Benjamini-Hochberg over all pairs of groups of these interactions).
     `adata.uns["ligrec_params" | f"{key_added}_params"]` : dict
-        The settings, and the number of `interactions` whose genes the data have.
+        The settings `cluster_key`, `neighbors`, `shuffle`, `batch_key`, `complex_policy`, `threshold`, `n_perms` and
+        `random_state`, and the number of `interactions` whose genes the data have.
 
     Raises
     ------
@@ -125,6 +126,15 @@ def ligrec(
     ----------
     Efremova et al. (2020), CellPhoneDB: inferring cell-cell communication from combined expression of multi-subunit
     ligand-receptor complexes. Palla et al. (2022), Squidpy: a scalable framework for spatial omics analysis.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced().raw.to_adata()
+    >>> sd.tl.ligrec(adata, "bulk_labels", [("CCL5", "CD2"), ("GZMB", "CD3D")], n_perms=10)
+    >>> adata.uns["ligrec"].columns.tolist()[:4]
+    ['source', 'target', 'ligand', 'receptor']
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if not 0 <= threshold <= 1:

@@ -117,6 +117,17 @@ def ot_trajectory(
     ----------
     Schiebinger et al. (2019), Optimal-transport analysis of single-cell gene expression identifies developmental
     trajectories in reprogramming. Chizat et al. (2018), Scaling algorithms for unbalanced optimal transport problems.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obs["day"] = np.arange(700) % 2  # in place of real time points
+    >>> sd.tl.ot_trajectory(adata, "day")
+    >>> adata.uns["ot_trajectory"]["labels"].tolist()
+    ['0', '1']
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     taus = (tau, tau) if isinstance(tau, int | float) else tuple(tau)

@@ -76,6 +76,18 @@ def ot_pull(
     ----------
     Schiebinger et al. (2019), Optimal-transport analysis of single-cell gene expression identifies developmental
     trajectories in reprogramming.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obs["day"] = np.arange(700) % 2  # in place of real time points
+    >>> sd.tl.ot_trajectory(adata, "day")
+    >>> sd.tl.ot_pull(adata, "phase")
+    >>> adata.obsm["fate"].columns.tolist()
+    ['G1', 'G2M', 'S']
     """
     return _transport(adata, groupby, time, key, key_added, forth=False, copy=copy)
 
@@ -134,6 +146,18 @@ def ot_push(
     ----------
     Schiebinger et al. (2019), Optimal-transport analysis of single-cell gene expression identifies developmental
     trajectories in reprogramming.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obs["day"] = np.arange(700) % 2  # in place of real time points
+    >>> sd.tl.ot_trajectory(adata, "day")
+    >>> sd.tl.ot_push(adata, "S_score")
+    >>> adata.obs["origin"].shape
+    (700,)
     """
     return _transport(adata, groupby, time, key, key_added, forth=True, copy=copy)
 
@@ -267,6 +291,17 @@ def ot_interpolate(
     ----------
     Schiebinger et al. (2019), Optimal-transport analysis of single-cell gene expression identifies developmental
     trajectories in reprogramming. McCann (1997), A convexity principle for interacting gases.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obs["day"] = np.arange(700) % 2  # in place of real time points
+    >>> sd.tl.ot_trajectory(adata, "day")
+    >>> sd.tl.ot_interpolate(adata, 0.5, n_obs=100).shape
+    (100, 50)
     """
     if isinstance(adata, Plan):
         raise TypeError("`ot_interpolate` returns cells rather than recording a step: pass an AnnData")

@@ -104,6 +104,15 @@ def parametric_umap(
     References
     ----------
     Sainburg, McInnes and Gentner (2021), Parametric UMAP embeddings for representation and semisupervised learning.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.parametric_umap(adata, n_steps=10, n_hidden=8, progress=False)
+    >>> adata.obsm["X_parametric_umap"].shape
+    (700, 2)
     """
     _check(min_dist, spread, learning_rate, gamma)
     counts = {"n_components": n_components, "n_hidden": n_hidden, "n_steps": n_steps}

@@ -99,6 +99,15 @@ def phate(
     References
     ----------
     Moon et al. (2019), Visualizing structure and transitions in high-dimensional biological data.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.phate(adata, t=5)
+    >>> adata.obsm["X_phate"].shape
+    (700, 2)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if isinstance(adata, Plan) and mds == "classic":

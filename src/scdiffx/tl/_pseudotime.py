@@ -77,6 +77,15 @@ def pseudotime(
     References
     ----------
     Haghverdi et al. (2016), Diffusion pseudotime robustly reconstructs lineage branching.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.pseudotime(adata, root=0)
+    >>> int(adata.obs["dpt_pseudotime"].argmin())
+    0
     """
     if n_dcs < 1:
         raise ValueError(f"n_dcs={n_dcs!r} must be at least 1")

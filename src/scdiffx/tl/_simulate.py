@@ -120,6 +120,14 @@ def simulate(
     ----------
     Zappia et al. (2017), Splatter: simulation of single-cell RNA sequencing data. Robinson and Smyth (2007), Moderated
     statistical tests for assessing differences in tag abundance (dispersions that are shrunk).
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> simulated = sd.tl.simulate(adata, n_obs=50, groupby="bulk_labels")
+    >>> simulated.shape
+    (50, 120)
     """
     import anndata
 

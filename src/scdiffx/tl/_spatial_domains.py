@@ -143,6 +143,16 @@ def spatial_domains(
     analysis. Scrucca et al. (2016), mclust 5 (the model EEE). Dong and Zhang (2022), Deciphering spatial domains from
     spatially resolved transcriptomics with an adaptive graph attention auto-encoder (STAGATE). Brody et al. (2022), How
     attentive are graph attention networks? (GATv2).
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> adata.obsm["spatial"] = adata.obsm["X_umap"]  # in place of coordinates in a tissue
+    >>> sd.tl.spatial_domains(adata, n_domains=3, hops=2)
+    >>> list(adata.obs["spatial_domain"].cat.categories)
+    ['0', '1', '2']
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if method not in _METHODS:

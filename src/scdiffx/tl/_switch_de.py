@@ -101,6 +101,18 @@ def switch_de(
     References
     ----------
     Campbell and Yau (2017), switchde: inference of switch-like differential expression along single-cell trajectories.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.normalize_total(adata)
+    >>> sd.pp.log1p(adata)
+    >>> adata.obs["time"] = np.linspace(0, 1, 150)  # in place of a pseudotime
+    >>> sd.tl.switch_de(adata, "time", n_permutations=3)
+    >>> bool(adata.var["switch_qval"].between(0, 1).all())
+    True
     """
     if n_permutations < 0:
         raise ValueError(f"n_permutations={n_permutations!r} must not be negative")

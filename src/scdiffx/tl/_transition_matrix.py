@@ -81,6 +81,19 @@ def transition_matrix(
     ----------
     La Manno et al. (2018), RNA velocity of single cells. Bergen et al. (2020), Generalizing RNA velocity to transient
     cell states through dynamical modeling. Lange et al. (2022), CellRank for directed single-cell fate mapping.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.split_counts(adata, {"spliced": 0.75, "unspliced": 0.25})  # in place of measured layers
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.neighbors(adata, n_neighbors=9)
+    >>> sd.tl.velocity(adata, mode="deterministic", min_r2=-1)
+    >>> sd.tl.velocity_graph(adata)
+    >>> sd.tl.transition_matrix(adata)
+    >>> adata.obsp["velocity_transitions"].shape
+    (150, 150)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     graph = Cosines(f"{vkey}_graph")

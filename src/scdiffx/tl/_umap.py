@@ -108,6 +108,15 @@ def umap(
     McInnes, Healy and Melville (2018), UMAP: uniform manifold approximation and projection for dimension reduction.
     Narayan, Berger and Cho (2021), Assessing single-cell transcriptomic variability through density-preserving data
     visualization.
+
+    Examples
+    --------
+    >>> import scanpy as sc
+    >>> import scdiffx as sd
+    >>> adata = sc.datasets.pbmc68k_reduced()
+    >>> sd.tl.umap(adata, maxiter=20)
+    >>> adata.obsm["X_umap"].shape
+    (700, 2)
     """
     if isinstance(adata, Plan):
         raise ValueError(

@@ -94,6 +94,17 @@ def uncertainty(
     References
     ----------
     Neufeld et al. (2024), Inference after latent variable estimation for single-cell RNA sequencing data (thinning).
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> plan = sd.plan(adata)
+    >>> for step in (sd.pp.normalize_total, sd.pp.log1p, sd.pp.pca):
+    ...     step(plan)
+    >>> sd.tl.uncertainty(plan, "X_pca", column=0, n_replicates=2, progress=False)
+    >>> bool((adata.obs["X_pca_0_se"] >= 0).all())
+    True
     """
     if not isinstance(adata, Plan):
         raise TypeError("uncertainty runs a whole plan anew: pass one from `sd.plan(adata)`, not an AnnData")

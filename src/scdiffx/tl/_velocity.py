@@ -72,12 +72,12 @@ def velocity(
     -------
     None, or the copy. Sets:
 
-    `adata.layers["velocity" | vkey]` : float32 (cells, genes)
+    `adata.layers["velocity" | vkey]` : float32 (cells, genes), float64 by the dynamical model
         Change of the spliced counts per splicing time.
     `adata.layers["variance_velocity" | f"variance_{vkey}"]` : float32 (cells, genes)
         Stochastic model: the same of the second moments, 0 for genes that are not velocity genes.
     `adata.layers["velocity_u" | f"{vkey}_u"]` : float64 (cells, genes)
-        Dynamical model: the same of unspliced counts. It writes both in float64, nan for genes that are not fitted.
+        Dynamical model: the same of unspliced counts. Both are nan for genes that are not fitted.
     `adata.layers["Ms", "Mu"]` : float32 (cells, genes)
         The means over the neighbours, where they were missing.
     `adata.var["velocity_gamma", "velocity_qreg_ratio"]` : float32 (genes,)
@@ -94,8 +94,10 @@ def velocity(
     `adata.var["fit_likelihood", "fit_variance", "fit_r2", "fit_alignment_scaling"]` : float64 (genes,)
         Likelihood and variance of the residuals, r2 of the steady state (of all genes), and by what times of the gene
         were stretched.
-    `adata.var["fit_std_u", "fit_std_s", "fit_pval_steady", "fit_steady_u", "fit_steady_s", "fit_u0", "fit_s0"]`
-        Float64 (genes,): spreads of the counts, p-value of two modes, the upper modes, and 0 for basal counts.
+    `adata.var["fit_std_u", "fit_std_s", "fit_steady_u", "fit_steady_s"]` : float64 (genes,)
+        Spreads of the counts, and their upper modes.
+    `adata.var["fit_pval_steady", "fit_u0", "fit_s0"]` : float64 (genes,)
+        P-value of two modes, and 0 for basal counts.
     `adata.layers["fit_t", "fit_tau", "fit_tau_"]` : float64 (cells, genes)
         Time of each cell, the same since the start of transcription, and since its end.
     `adata.varm["loss"]` : float64 (genes, stages)
@@ -121,6 +123,17 @@ def velocity(
     ----------
     La Manno et al. (2018), RNA velocity of single cells. Bergen et al. (2020), Generalizing RNA velocity to transient
     cell states through dynamical modeling.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.split_counts(adata, {"spliced": 0.75, "unspliced": 0.25})  # in place of measured layers
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.neighbors(adata, n_neighbors=9)
+    >>> sd.tl.velocity(adata, mode="deterministic", min_r2=-1)
+    >>> adata.layers["velocity"].shape, int(adata.var["velocity_genes"].sum()) > 0
+    ((150, 120), True)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     if mode not in MODES:

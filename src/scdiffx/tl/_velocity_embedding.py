@@ -75,6 +75,19 @@ def velocity_embedding(
     ----------
     La Manno et al. (2018), RNA velocity of single cells. Bergen et al. (2020), Generalizing RNA velocity to transient
     cell states through dynamical modeling.
+
+    Examples
+    --------
+    >>> import scdiffx as sd
+    >>> adata = sd.datasets.pbmc68k_counts()[:150, :120].copy()
+    >>> sd.pp.split_counts(adata, {"spliced": 0.75, "unspliced": 0.25})  # in place of measured layers
+    >>> sd.pp.pca(adata, n_comps=9)
+    >>> sd.pp.neighbors(adata, n_neighbors=9)
+    >>> sd.tl.velocity(adata, mode="deterministic", min_r2=-1)
+    >>> sd.tl.velocity_graph(adata)
+    >>> sd.tl.velocity_embedding(adata, basis="pca")
+    >>> adata.obsm["velocity_pca"].shape
+    (150, 9)
     """
     data = adata.adata if isinstance(adata, Plan) else adata
     plan = adata if isinstance(adata, Plan) else Plan(data)

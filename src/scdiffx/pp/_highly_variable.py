@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._core.counts import Streamed
 from scdiffx._log import warn
 from scdiffx._slots import Obs, Slot, Uns, Var, X, available, check_counts, matrix_of, write_all
 from scdiffx._steps import Plan, Step, Write, apply, public
@@ -154,11 +155,19 @@ def _step(
 
 
 def _checked(adata: AnnData, layer: str | None, flavor: str) -> Any:
-    matrix = matrix_of(adata, layer)
-    check_counts(matrix, adata.obs_names, adata.var_names)
+    slot = X(layer, counts=True)
+    matrix: Any = slot.streamed(adata) if slot.is_lazy(adata) else matrix_of(adata, layer)
     if adata.n_obs < 2:
         raise ValueError("`adata` has 1 cell; variances need at least two cells")
+    if isinstance(matrix, Streamed):
+        _expect_counts(next(matrix.stored())[1], flavor)
+        return matrix
+    check_counts(matrix, adata.obs_names, adata.var_names)
+    _expect_counts(matrix, flavor)
+    return matrix
+
+
+def _expect_counts(matrix: Any, flavor: str) -> None:
     values = matrix.data if sp.issparse(matrix) else matrix
     if flavor.startswith("seurat_v3") and (values[:: max(1, values.shape[0] // 100_000)] % 1 != 0).any():
         warn(f"`flavor={flavor!r}` expects raw count data, but non-integers were found.")
-    return matrix

@@ -83,7 +83,7 @@ def normalize_total(
             exclude_highly_expressed=exclude_highly_expressed,
             max_fraction=max_fraction,
         ),
-        reads=(X(layer, counts=True),),
+        reads=(X(layer, counts=True, streams=True),),
         writes=tuple(writes),
         message="normalizing counts per cell",
         check=warn_empty,
@@ -135,7 +135,7 @@ def log1p(
     step = Step(
         "log1p",
         ops.Log1p(base=None if base is None else float(base)),
-        reads=(X(layer, counts=True),),
+        reads=(X(layer, counts=True, streams=True),),
         writes=(Write(X(layer), lambda op, result: result),),
         message="computing log1p",
         notes=notes,

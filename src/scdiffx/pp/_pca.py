@@ -119,7 +119,7 @@ def pca(
     step = Step(
         "pca",
         ops.PCA(n_comps=n_comps, zero_center=zero_center, anchored=anchored and isinstance(adata, Plan)),
-        reads=(X(layer), weight, mask),
+        reads=(X(layer, streams=True), weight, mask),
         writes=(
             Write(Obsm(keys[0]), lambda op, result: result.scores, np.float32),
             Write(Varm(keys[1]), lambda op, result: result.components, np.float32 if mask is None else np.float64),

@@ -2,9 +2,9 @@
 
     python benchmarks/out_of_core.py --n 100000 1000000
 
-Writes n x 2,000 sparse counts (see `pipeline.counts`) to a temporary folder, some thousand cells at a time, and analyses
-each file in a fresh process. The peak is that of the process from its start to the end of the step; "anonymous" is
-what the process itself holds, without the pages of the file that the system keeps for it.
+Writes n x 2,000 sparse counts (see `pipeline.counts`) to a temporary folder, some thousand cells at a time, and
+analyses each file in a fresh process. The peak is that of the process from its start to the end of the step;
+"anonymous" is what the process itself holds then, without pages of files.
 """
 
 from __future__ import annotations

@@ -75,15 +75,13 @@ def _dask_blocks(matrix: Any) -> tuple[int, Callable[[], Iterator[Any]]]:
     """The largest number of rows in a block, and the blocks: chunks, or several where these are small."""
     import dask
 
-    rows = np.asarray(matrix.chunks[0], float)
-    if np.isnan(rows).any():
-        raise ValueError("the dask array has chunks of unknown size; call its `compute_chunk_sizes()` first")
+    rows = np.asarray(matrix.chunks[0])
     if matrix.numblocks[1] > 1:
         raise ValueError(
             f"the dask array is cut into {matrix.numblocks[1]} chunks along the genes; rows are read as a whole: "
             "use `.rechunk({1: -1})`"
         )
-    ends = np.cumsum(rows).astype(int)
+    ends = np.cumsum(rows)
     cuts = [0]
     while cuts[-1] < len(ends):
         done = ends[cuts[-1] - 1] if cuts[-1] else 0

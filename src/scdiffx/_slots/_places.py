@@ -56,8 +56,8 @@ class X(Ordered):
         """Raise where the values are in a file, which stays as it is."""
         if self.exists(adata) and is_stored(stored_matrix(adata, self.layer)):
             raise TypeError(
-                f"`{place(self.layer)}` is in a file, and this function would change it. Open it lazily, and it becomes "
-                f"a recipe for the new values: {HOW_TO_OPEN}"
+                f"`{place(self.layer)}` is in a file, and this function would change it. Open it lazily, and it "
+                f"becomes a recipe for the new values: {HOW_TO_OPEN}"
             )
 
     def read(self, adata: Any) -> Any:

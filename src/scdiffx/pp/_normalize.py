@@ -30,7 +30,7 @@ def normalize_total(
     Parameters
     ----------
     adata
-        Annotated data (cells x genes) with counts, or a plan.
+        Annotated data (cells x genes) with counts, or a plan. A dask array stays one, and is read once for the totals.
     target_sum
         Total of each cell afterwards; by default the median total of the cells that have counts.
     exclude_highly_expressed
@@ -59,6 +59,8 @@ def normalize_total(
         If `max_fraction` or `target_sum` is out of range, or a value is negative or not finite.
     KeyError
         If `layer` does not exist.
+    TypeError
+        If the matrix is in a file, which would have to change.
 
     References
     ----------
@@ -100,7 +102,7 @@ def log1p(
     Parameters
     ----------
     adata
-        Annotated data (cells x genes), or a plan.
+        Annotated data (cells x genes), or a plan. A dask array stays one, and nothing is computed yet.
     base
         Base of the logarithm; natural by default.
     layer
@@ -123,6 +125,8 @@ def log1p(
         If `base` is not positive or is 1, or a value is negative or not finite.
     KeyError
         If `layer` does not exist.
+    TypeError
+        If the matrix is in a file, which would have to change.
     """
     if base is not None and (not base > 0 or base == 1):
         raise ValueError(f"base={base!r} must be positive and not 1")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scdiffx._core.counts import Streamed
 from scdiffx._core.fields import replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
@@ -98,6 +99,8 @@ def _call(op: Any, *args: Any) -> Any:
 
 def _cast(tree: Any, dtype: Any) -> Any:
     def leaf(x: Any) -> Any:
+        if isinstance(x, Streamed):
+            return x.astype(dtype)
         return jnp.asarray(x, dtype) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(leaf, tree)
@@ -132,7 +135,9 @@ def run_step(
             args = _cast(args, jnp.float64)
         op = prepare(step.op if op is None else op, args, as_key(step.rng))
         with one_blas_thread():
-            return op, jax.block_until_ready(_call(op, *args) if step.compiled else op(*args))
+            # What is streamed is read from the host between compiled parts.
+            whole = step.compiled and not any(isinstance(arg, Streamed) for arg in args)
+            return op, jax.block_until_ready(_call(op, *args) if whole else op(*args))
 
 
 def _to_host(adata: Any, write: Write, value: Any, single: bool) -> Any:
@@ -170,6 +175,11 @@ class Plan:
             if slot is not None and not self.has(slot):
                 raise KeyError(
                     f"{step.name} reads {slot}, which neither the AnnData nor an earlier step of the plan provides"
+                )
+            if isinstance(slot, X) and not self.writes(slot) and slot.is_lazy(self.adata):
+                raise TypeError(
+                    f"{step.name} reads {slot}, which is not in memory, as a plan needs it to be: plan on some of the "
+                    "genes or cells, `sd.plan(adata[:, genes].to_memory())`"
                 )
         self.steps.append(step if name == step.name else _renamed(step, name))
 
@@ -269,6 +279,9 @@ def apply(target: Any, step: Step, *, copy: bool = False) -> Any:
     if isinstance(target, Plan):
         target.add(step)
         return None
+    for write in step.writes:
+        if isinstance(write.slot, X):
+            write.slot.check_writable(target)
     timer = Timer(step.message or f"computing {step.name}")
     # Outside this scope JAX would cut float64 data to float32 as they enter.
     with jax.enable_x64(True):

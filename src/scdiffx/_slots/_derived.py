@@ -120,6 +120,8 @@ class Genes(Part):
         return map_rows(part, lambda block: block) if self.dense and isinstance(part, Counts) else part
 
     def read(self, adata: Any) -> Any:
+        if self.of.is_lazy(adata):
+            return self._streamed(adata)
         matrix = matrix_of(adata, self.of.layer)
         part = matrix[:, list(self.index)]
         if self.check_others:
@@ -129,3 +131,15 @@ class Genes(Part):
         if sp.issparse(part) and not self.dense:
             return Counts.from_scipy(part, as_float(part.data[:0]).dtype)
         return jnp.asarray(as_float(part.toarray() if sp.issparse(part) else part))
+
+    def _streamed(self, adata: Any) -> Any:
+        """The genes of a matrix that is not in memory; the others are checked in any case, as they have to be read."""
+        parts = [block[:, list(self.index)] for _, block in self.of.streamed(adata).stored()]
+        if not sp.issparse(parts[0]):
+            return jnp.asarray(as_float(np.concatenate(parts)))
+        part = sp.vstack(parts, format="csr")
+        return (
+            Counts.from_scipy(part, as_float(part.data[:0]).dtype)
+            if not self.dense
+            else jnp.asarray(as_float(part.toarray()))
+        )

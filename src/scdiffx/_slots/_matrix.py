@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx._log import warn
+from scdiffx._slots._lazy import described, is_lazy
 
 
 def is_anndata(obj: Any) -> bool:
@@ -37,15 +38,32 @@ def lookup(mapping: Any, key: str, where: str) -> Any:
     return mapping[key]
 
 
-def matrix_of(adata: Any, layer: str | None = None) -> Any:
-    """The matrix in X or a layer, in memory, with at least one cell and gene; sparse ones in canonical CSR or CSC."""
-    if getattr(adata, "isbacked", False):
-        raise ValueError("`adata` is backed by a file; load it first with `adata = adata.to_memory()`")
+def stored_matrix(adata: Any, layer: str | None = None) -> Any:
+    """The matrix in X or a layer as it is, with at least one cell and gene; it may be a dask array or in a file."""
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise ValueError(f"`adata` is empty: it has {adata.n_obs} cells and {adata.n_vars} genes")
+    if layer is None and adata.is_view and adata.isbacked:
+        # Its `X` would load all of it.
+        raise TypeError("`adata` is a view of data in a file; load what it shows with `adata = adata.to_memory()`")
     matrix = adata.X if layer is None else lookup(adata.layers, layer, "layers")
     if matrix is None:
         raise ValueError(f"`adata.X` is None; pass `layer=`. Available: {available(adata.layers.keys())}")
+    return matrix
+
+
+def place(layer: str | None) -> str:
+    """How a user writes the place of a matrix."""
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+
+
+def matrix_of(adata: Any, layer: str | None = None) -> Any:
+    """The matrix in X or a layer, in memory, with at least one cell and gene; sparse ones in canonical CSR or CSC."""
+    matrix = stored_matrix(adata, layer)
+    if is_lazy(matrix):
+        raise TypeError(
+            f"`{place(layer)}` is {described(matrix)}, and this function needs it in memory: load some genes or cells "
+            "with `adata = adata[:, genes].to_memory()`, or all with `adata = adata.to_memory()`"
+        )
     if sp.issparse(matrix):
         if matrix.format not in ("csr", "csc"):
             raise TypeError(f"sparse format {matrix.format!r} is not supported. Available: ['csr', 'csc']")
@@ -53,8 +71,6 @@ def matrix_of(adata: Any, layer: str | None = None) -> Any:
             matrix = matrix.copy()
             matrix.sum_duplicates()
         return matrix
-    if type(matrix).__module__.split(".")[0] == "dask":
-        raise TypeError("a dask array is not supported yet; load it first with `adata = adata.to_memory()`")
     return np.asarray(matrix)
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from scdiffx._core.counts import Counts
-from scdiffx._slots._matrix import as_float, check_counts, check_finite, lookup, matrix_of
+from scdiffx._core.counts import Counts, Streamed
+from scdiffx._slots._lazy import HOW_TO_OPEN, is_lazy, is_stored, rewritten, streamed
+from scdiffx._slots._matrix import as_float, check_counts, check_finite, lookup, matrix_of, place, stored_matrix
 
 
 class Ordered:
@@ -23,11 +24,15 @@ class Ordered:
 
 @dataclass(frozen=True, eq=False)
 class X(Ordered):
-    """The cells x genes matrix, or a layer of the same shape; a new layer has its non-zeros where `like` has them."""
+    """The cells x genes matrix, or a layer of the same shape; a new layer has its non-zeros where `like` has them.
+
+    With `streams`, who reads it takes a matrix that is not in memory as :class:`Streamed`.
+    """
 
     layer: str | None = None
     counts: bool = False
     like: X | None = None
+    streams: bool = field(default=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, X) and self.layer == other.layer
@@ -38,7 +43,26 @@ class X(Ordered):
     def exists(self, adata: Any) -> bool:
         return adata.X is not None if self.layer is None else self.layer in adata.layers
 
+    def is_lazy(self, adata: Any) -> bool:
+        """Whether the matrix is a dask array or in a file."""
+        return self.exists(adata) and is_lazy(stored_matrix(adata, self.layer))
+
+    def streamed(self, adata: Any) -> Streamed:
+        """A matrix that is not in memory; its values are checked as they pass."""
+        check, names, genes = check_counts if self.counts else check_finite, adata.obs_names, adata.var_names
+        return streamed(stored_matrix(adata, self.layer), lambda block, at: check(block, names[at], genes))
+
+    def check_writable(self, adata: Any) -> None:
+        """Raise where the values are in a file, which stays as it is."""
+        if self.exists(adata) and is_stored(stored_matrix(adata, self.layer)):
+            raise TypeError(
+                f"`{place(self.layer)}` is in a file, and this function would change it. Open it lazily, and it "
+                f"becomes a recipe for the new values: {HOW_TO_OPEN}"
+            )
+
     def read(self, adata: Any) -> Any:
+        if self.streams and self.is_lazy(adata):
+            return self.streamed(adata)
         matrix = matrix_of(adata, self.layer)
         (check_counts if self.counts else check_finite)(matrix, adata.obs_names, adata.var_names)
         if sp.issparse(matrix):
@@ -47,6 +71,8 @@ class X(Ordered):
         return jnp.asarray(as_float(matrix))
 
     def host(self, adata: Any, value: Any) -> Any:
+        if isinstance(value, Streamed):
+            return rewritten(stored_matrix(adata, self.layer), value)
         if not isinstance(value, Counts):
             return np.asarray(value)
         here = self.layer if self.layer in adata.layers else None

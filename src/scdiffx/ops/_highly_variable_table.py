@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.special import ndtri
 
-from scdiffx._core.counts import Counts
+from scdiffx._core.counts import Counts, Streamed
 from scdiffx._core.loess import Curve, evaluate, loess
 
 DISPERSION = ("seurat", "cell_ranger")
@@ -59,7 +59,9 @@ class Bins(NamedTuple):
 
 
 def on_host(x: Any) -> Any:
-    """A CSR, CSC or numpy matrix."""
+    """A CSR, CSC or numpy matrix, or rows of one as they are stored."""
+    if isinstance(x, Streamed):
+        return x
     if isinstance(x, Counts):
         return x.to_scipy()
     if sp.issparse(x):
@@ -349,6 +351,10 @@ def _dense_sums(values: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarra
 def _chunks(x: Any, codes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pieces of `x`, small enough for the cache, with the places of their values in a (batches, genes) table."""
     genes = x.shape[1]
+    if isinstance(x, Streamed):
+        for at, rows in x.stored():
+            yield from _chunks(rows, codes[at])
+        return
     if not sp.issparse(x):
         step = max(1, CHUNK // max(genes, 1))
         for start in range(0, len(x), step):

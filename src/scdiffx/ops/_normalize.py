@@ -19,7 +19,7 @@ __all__ = ["Log1p", "NormalizeTotal", "NormalizeTotalResult", "Scale", "ScaleRes
 class NormalizeTotalResult(NamedTuple):
     """`x`: the normalised matrix. `factor`: what each cell was divided by, its total over the target (cells,)."""
 
-    x: C.Matrix
+    x: C.Rows
     factor: Float[Array, " cells"]
 
 
@@ -48,7 +48,7 @@ class NormalizeTotal:
     exclude_highly_expressed: bool = static(default=False)
     max_fraction: float = static(default=0.05)
 
-    def init(self, x: C.Matrix, key: Array | None = None) -> NormalizeTotal:
+    def init(self, x: C.Rows, key: Array | None = None) -> NormalizeTotal:
         op = self
         if self.exclude_highly_expressed:
             op = replace(op, counted=_never_dominant(x, self.max_fraction))
@@ -58,10 +58,10 @@ class NormalizeTotal:
             op = replace(op, target_sum=jnp.asarray(median, x.dtype))
         return op
 
-    def _size(self, x: C.Matrix) -> Array:
+    def _size(self, x: C.Rows) -> Array:
         return C.row_sums(x if self.counted is None else C.scale_columns(x, jnp.asarray(self.counted, x.dtype)))
 
-    def __call__(self, x: C.Matrix) -> NormalizeTotalResult:
+    def __call__(self, x: C.Rows) -> NormalizeTotalResult:
         op = self if self.target_sum is not None else self.init(x)
         size = op._size(x)
         factor = size / jnp.asarray(op.target_sum, x.dtype)
@@ -69,7 +69,7 @@ class NormalizeTotal:
         return NormalizeTotalResult(C.scale_rows(x, inverse.astype(x.dtype)), factor)
 
 
-def _never_dominant(x: C.Matrix, max_fraction: float) -> Array:
+def _never_dominant(x: C.Rows, max_fraction: float) -> Array:
     limit = C.row_sums(x) * max_fraction
     over = C.scale_rows(x, 1 / jnp.where(limit > 0, limit, jnp.inf))
     return C.column_sums(over, lambda v: (v > 1).astype(x.dtype)) == 0
@@ -91,7 +91,7 @@ class Log1p:
     by_cell: ClassVar[bool] = True
     base: float | None = static(default=None)
 
-    def __call__(self, x: C.Matrix) -> C.Matrix:
+    def __call__(self, x: C.Rows) -> C.Rows:
         divisor = 1.0 if self.base is None else math.log(self.base)
         return C.map_values(x, lambda v: jnp.log1p(v) / divisor)
 

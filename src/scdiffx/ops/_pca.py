@@ -89,9 +89,7 @@ class PCA:
         """Whether a cell's scores are the same whichever cells come with it."""
         return self.anchored and self.components is not None
 
-    def init(
-        self, x: C.Matrix, weight: Array | None = None, mask: Array | None = None, key: Array | None = None
-    ) -> PCA:
+    def init(self, x: C.Rows, weight: Array | None = None, mask: Array | None = None, key: Array | None = None) -> PCA:
         op = self if mask is None else replace(self, columns=jnp.asarray(np.flatnonzero(np.asarray(mask)), jnp.int32))
         if not self.anchored:
             return op
@@ -105,7 +103,7 @@ class PCA:
             scale=jnp.ones(self.n_comps, fitted.vectors.dtype),
         )
 
-    def _selected(self, x: C.Matrix, weight: Array | None, mask: Array | None) -> C.Matrix:
+    def _selected(self, x: C.Rows, weight: Array | None, mask: Array | None) -> C.Rows:
         if self.columns is not None:
             x = C.take_columns(x, self.columns)
             weight = None if weight is None else weight[self.columns]
@@ -113,21 +111,27 @@ class PCA:
             weight = jnp.asarray(mask, x.dtype) * (1 if weight is None else weight)
         return x if weight is None else C.scale_columns(x, weight)
 
-    def _fit(self, x: C.Matrix) -> tuple[Any, Array, Array]:
+    def _fit(self, x: C.Rows) -> tuple[Any, Array, Array]:
         n, genes = x.shape
         if not 1 <= self.n_comps <= min(n, genes):
             raise ValueError(f"n_comps={self.n_comps} must lie between 1 and min(cells, genes) = {min(n, genes)}")
+        if isinstance(x, C.Streamed) and genes > MAX_GRAM_GENES:
+            raise ValueError(
+                f"PCA of {genes} genes would read a matrix that is not in memory again and again; "
+                f"select at most {MAX_GRAM_GENES} genes, for instance by `pp.highly_variable_genes`"
+            )
         mean = C.column_sums(x) / n if self.zero_center else jnp.zeros(genes, x.dtype)
-        covariance: Any = Covariance(x, mean)
-        if genes <= MAX_GRAM_GENES:
-            covariance = C.gram(x, mean) / max(n - 1, 1)
+        if isinstance(x, C.Streamed) or genes <= MAX_GRAM_GENES:
+            covariance: Any = C.gram(x, mean) / max(n - 1, 1)
+        else:
+            covariance = Covariance(x, mean)
         # The trace of the centred covariance is the total variance; where it is not at hand, count it.
         known = self.zero_center and genes <= MAX_GRAM_GENES
         total = jnp.trace(covariance) if known else C.column_moments(x)[1].sum()
         eigen = eigenpairs(covariance, self.n_comps, tol=1e-5 if x.dtype == jnp.float32 else None)
         return eigen._replace(vectors=fix_signs(eigen.vectors)), mean, total
 
-    def __call__(self, x: C.Matrix, weight: Array | None = None, mask: Array | None = None) -> PCAResult:
+    def __call__(self, x: C.Rows, weight: Array | None = None, mask: Array | None = None) -> PCAResult:
         n_genes = x.shape[1]
         x = self._selected(x, weight, mask)
         if self.components is None or not self.anchored:
@@ -152,7 +156,7 @@ def _fitted(op: PCA, x: C.Matrix) -> tuple[Any, Array, Array]:
     return op._fit(x)
 
 
-def _scores(x: C.Matrix, mean: Array, components: Array) -> Array:
+def _scores(x: C.Rows, mean: Array, components: Array) -> Array:
     return C.matmul(x, components) - mean @ components
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._core.counts import Streamed
 from scdiffx._log import warn
 from scdiffx._slots import Obs, Slot, Uns, Var, X, available, check_counts, matrix_of, write_all
 from scdiffx._steps import Plan, Step, Write, apply, public
@@ -45,6 +46,7 @@ def highly_variable_genes(
     ----------
     adata
         Annotated data (cells x genes), or a plan: log1p values for "seurat" and "cell_ranger", counts for "seurat_v3".
+        A dask array or a matrix in a file is read once, or twice for "seurat_v3" (not with ``soft=True``).
     layer
         Layer to use instead of `X`.
     n_top_genes
@@ -175,11 +177,18 @@ def _step(
 
 
 def _checked(adata: AnnData, layer: str | None, flavor: str) -> Any:
-    matrix = matrix_of(adata, layer)
-    check_counts(matrix, adata.obs_names, adata.var_names)
+    slot = X(layer, counts=True)
+    matrix: Any = slot.streamed(adata) if slot.is_lazy(adata) else matrix_of(adata, layer)
     if adata.n_obs < 2:
         raise ValueError("`adata` has 1 cell; variances need at least two cells")
-    values = matrix.data if sp.issparse(matrix) else matrix
-    if flavor.startswith("seurat_v3") and (values[:: max(1, values.shape[0] // 100_000)] % 1 != 0).any():
-        warn(f"`flavor={flavor!r}` expects raw count data, but non-integers were found.")
+    if not isinstance(matrix, Streamed):
+        check_counts(matrix, adata.obs_names, adata.var_names)
+    if flavor.startswith("seurat_v3"):
+        _expect_counts(next(matrix.stored())[1] if isinstance(matrix, Streamed) else matrix, flavor)
     return matrix
+
+
+def _expect_counts(matrix: Any, flavor: str) -> None:
+    values = matrix.data if sp.issparse(matrix) else matrix
+    if (values[:: max(1, values.shape[0] // 100_000)] % 1 != 0).any():
+        warn(f"`flavor={flavor!r}` expects raw count data, but non-integers were found.")

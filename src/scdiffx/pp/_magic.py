@@ -48,7 +48,8 @@ def magic(
     adata
         Annotated data (cells x genes), or a plan.
     genes
-        Names of the genes to impute. By default all of them, which fills a dense layer.
+        Names of the genes to impute. By default all of them, which fills a dense layer and needs the matrix in memory;
+        some are also read from a dask array or a file.
     knn
         The scale of a cell's kernel is the distance to this neighbour.
     decay

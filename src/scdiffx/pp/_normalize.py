@@ -30,7 +30,7 @@ def normalize_total(
     Parameters
     ----------
     adata
-        Annotated data (cells x genes) with counts, or a plan.
+        Annotated data (cells x genes) with counts, or a plan. A dask array stays one, and is read once for the totals.
     target_sum
         Total of each cell afterwards; by default the median total of the cells that have counts.
     exclude_highly_expressed
@@ -59,6 +59,8 @@ def normalize_total(
         If `max_fraction` or `target_sum` is out of range, or a value is negative or not finite.
     KeyError
         If `layer` does not exist.
+    TypeError
+        If the matrix is in a file, which would have to change.
 
     References
     ----------
@@ -91,7 +93,7 @@ def normalize_total(
             exclude_highly_expressed=exclude_highly_expressed,
             max_fraction=max_fraction,
         ),
-        reads=(X(layer, counts=True),),
+        reads=(X(layer, counts=True, streams=True),),
         writes=tuple(writes),
         message="normalizing counts per cell",
         check=warn_empty,
@@ -108,7 +110,7 @@ def log1p(
     Parameters
     ----------
     adata
-        Annotated data (cells x genes), or a plan.
+        Annotated data (cells x genes), or a plan. A dask array stays one, and nothing is computed yet.
     base
         Base of the logarithm; natural by default.
     layer
@@ -131,6 +133,8 @@ def log1p(
         If `base` is not positive or is 1, or a value is negative or not finite.
     KeyError
         If `layer` does not exist.
+    TypeError
+        If the matrix is in a file, which would have to change.
 
     Examples
     --------
@@ -152,7 +156,7 @@ def log1p(
     step = Step(
         "log1p",
         ops.Log1p(base=None if base is None else float(base)),
-        reads=(X(layer, counts=True),),
+        reads=(X(layer, counts=True, streams=True),),
         writes=(Write(X(layer), lambda op, result: result),),
         message="computing log1p",
         notes=notes,

@@ -36,9 +36,10 @@ def pca(
 ) -> AnnData | None:
     """Principal component analysis: coordinates, loadings and explained variance.
 
-    Sparse data stay sparse: the gene covariance is accumulated over centred blocks of cells. On a plan, PCA is a
-    projection that starts at the principal components and can be learned; with ``anchored=False`` the components are
-    recomputed from the plan's current values and differentiated through.
+    Sparse data stay sparse: the gene covariance is accumulated over centred blocks of cells. A dask array or a matrix
+    in a file is read three times, for at most 4,096 genes. On a plan, PCA is a projection that starts at the principal
+    components and can be learned; with ``anchored=False`` the components are recomputed from the plan's current values
+    and differentiated through.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def pca(
     step = Step(
         "pca",
         ops.PCA(n_comps=n_comps, zero_center=zero_center, anchored=anchored and isinstance(adata, Plan)),
-        reads=(X(layer), weight, mask),
+        reads=(X(layer, streams=True), weight, mask),
         writes=(
             Write(Obsm(keys[0]), lambda op, result: result.scores, np.float32),
             Write(Varm(keys[1]), lambda op, result: result.components, np.float32 if mask is None else np.float64),

@@ -81,6 +81,7 @@ SLOW = {
     "doublet_classifier",
     "dynamics",
     "fate_probabilities",
+    "grn_lasso",
     "grn_with_prior",
     "highly_variable_cutoffs",
     "kmeans_hard",
@@ -117,6 +118,7 @@ SLOW = {
 
 # Settings of operators that stand here with others too: what compiling and memory are like is proved for those.
 VARIANTS = {
+    "grn_lasso",
     "grn_with_prior",
     "highly_variable_cutoffs",
     "kmeans_hard",
@@ -362,13 +364,17 @@ CASES = [
     *(
         Case(
             name,
-            lambda regulators=regulators: ops.GRN(penalty=0.02, tfs=np.arange(3, 60, 7), regulators=regulators),
+            lambda settings=settings: ops.GRN(penalty=0.02, tfs=np.arange(3, 60, 7), **settings),
             lambda d: (d.log,),
             tuple,
             budget=800,
             learns=("penalty",),
         )
-        for name, regulators in (("grn", None), ("grn_with_prior", np.arange(GENES * 3).reshape(-1, 3) % 10 % 9 - 1))
+        for name, settings in (
+            ("grn", {}),
+            ("grn_lasso", {"method": "lasso", "n_subsamples": 2}),
+            ("grn_with_prior", {"regulators": np.arange(GENES * 3).reshape(-1, 3) % 10 % 9 - 1}),
+        )
     ),
     Case(
         "harmony",

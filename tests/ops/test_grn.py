@@ -1,4 +1,4 @@
-"""Regulation against scikit-learn's ridge, on a simulated network and on cells whose genes were permuted."""
+"""Regulation against scikit-learn's ridge and lasso, on a simulated network and on cells whose genes were permuted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Lasso, Ridge
 from sklearn.metrics import average_precision_score
 
 import scdiffx as sd
 from conftest import DATA, _read
 from scdiffx import ops
+from scdiffx.ops import _grn_lasso
 
 # Average precision of GENIE3 (200 trees) over chance, by `benchmarks/grn.py --trees 200`.
 GENIE3 = 4.74
@@ -50,6 +51,13 @@ def matrix(adata: ad.AnnData, key: str = "grn") -> pd.DataFrame:
 def standardised(adata: ad.AnnData) -> pd.DataFrame:
     x = adata.to_df().astype(np.float64)
     return (x - x.mean()) / x.std(ddof=0)
+
+
+@pytest.fixture(scope="module")
+def sparse(cells: ad.AnnData, edges: pd.DataFrame) -> ad.AnnData:
+    adata = cells.copy()
+    sd.tl.grn(adata, sorted(edges["tf"].unique()), method="lasso", n_subsamples=2)
+    return adata
 
 
 def by_scikit_learn(z: pd.DataFrame, gene: str, regulators: list[str], penalty: float) -> np.ndarray:
@@ -92,19 +100,115 @@ def test_a_simulated_network_is_found_better_than_by_forests(inferred: ad.AnnDat
     assert over_chance(weights.to_numpy()) > 1.3 * over_chance(correlation)
 
 
-def test_held_out_cells_choose_the_penalty(inferred: ad.AnnData) -> None:
+@pytest.mark.parametrize("method", ["ridge", "lasso"])
+def test_held_out_cells_choose_the_penalty(inferred: ad.AnnData, sparse: ad.AnnData, method: str) -> None:
     """The split is drawn as the operator draws it; all else is scikit-learn's."""
-    held = np.random.default_rng(0).permutation(inferred.n_obs) < round(0.2 * inferred.n_obs)
-    x, params = inferred.to_df().astype(np.float64), inferred.uns["grn_params"]
+    adata = (inferred if method == "ridge" else sparse).copy()
+    held = np.random.default_rng(0).permutation(adata.n_obs) < round(0.2 * adata.n_obs)
+    x, params = adata.to_df().astype(np.float64), adata.uns["grn_params"]
     z = (x - x[~held].mean()) / x[~held].std(ddof=0)
     genes = [gene for gene in z if gene not in set(params["tfs"])]
-    model = Ridge(params["penalty"] * (~held).sum(), fit_intercept=False, solver="cholesky")
+
+    found = params["penalty"]
+    weight = found * (~held).sum()
+    model = Ridge(weight, fit_intercept=False, solver="cholesky") if method == "ridge" else lasso(found)
     left = z.loc[held, genes] - model.fit(z.loc[~held, params["tfs"]], z.loc[~held, genes]).predict(
         z.loc[held, params["tfs"]]
     )
     expected = 1 - (left**2).sum() / (z.loc[held, genes] ** 2).sum()
-    np.testing.assert_allclose(inferred.var["grn_r2"][genes], expected, atol=1e-5)
-    assert params["penalty"] in np.geomspace(1e-4, 10, 11)
+    np.testing.assert_allclose(adata.var["grn_r2"][genes], expected, atol=1e-5)
+    penalties = np.geomspace(1e-4, 10, 11) if method == "ridge" else np.geomspace(1, 1e-4, 13)
+    at = np.flatnonzero(penalties == found)[0]
+    for other in penalties[[at - 1, at + 1]]:
+        sd.tl.grn(adata, params["tfs"], method=method, penalty=other, key_added="other")
+        assert adata.var["other_r2"].mean() < adata.var["grn_r2"].mean()
+
+
+def lasso(penalty: float) -> Lasso:
+    return Lasso(penalty, fit_intercept=False, tol=1e-12, max_iter=20_000)
+
+
+def test_weights_are_those_of_scikit_learns_lasso(sparse: ad.AnnData) -> None:
+    found, z, params = matrix(sparse), standardised(sparse), sparse.uns["grn_params"]
+    genes = [gene for gene in z if gene not in set(params["tfs"])]
+    expected = lasso(params["penalty"]).fit(z[params["tfs"]], z[genes]).coef_.T
+    np.testing.assert_allclose(found[genes], expected, atol=1e-6)
+    assert (expected == 0).any()
+    others = [name for name in params["tfs"] if name != "G1"]
+    np.testing.assert_allclose(found["G1"][others], lasso(params["penalty"]).fit(z[others], z["G1"]).coef_, atol=1e-6)
+    assert found.loc["G1", "G1"] == 0
+
+
+def test_the_lasso_keeps_to_a_prior(cells: ad.AnnData, edges: pd.DataFrame) -> None:
+    adata = cells.copy()
+    sd.tl.grn(adata, prior=edges, method="lasso", penalty=0.05)
+    found, z = matrix(adata), standardised(cells)
+    for gene, part in list(edges.groupby("target"))[:5]:
+        expected = lasso(0.05).fit(z[list(part["tf"])], z[gene]).coef_
+        np.testing.assert_allclose(found.loc[list(part["tf"]), gene], expected, atol=1e-6)
+        assert found[gene].drop(list(part["tf"])).eq(0).all()
+
+
+def test_stability_is_the_share_of_halves_that_choose_an_edge(sparse: ad.AnnData) -> None:
+    rng, n = np.random.default_rng(0), sparse.n_obs
+    rng.permutation(n)  # the held-out cells
+    half = rng.permutation(n) < n // 2
+    x, params, share = sparse.to_df().astype(np.float64), sparse.uns["grn_params"], 0.0
+    genes = [gene for gene in x if gene not in set(params["tfs"])]
+    for part in (x[half], x[~half]):
+        z = (part - part.mean()) / part.std(ddof=0)
+        share = share + (lasso(params["penalty"]).fit(z[params["tfs"]], z[genes]).coef_.T != 0) / 2
+    table = sparse.uns["grn"].astype({"tf": str, "target": str})
+    found = table.pivot_table(index="tf", columns="target", values="stability").reindex(params["tfs"], columns=genes)
+    there = found.notna().to_numpy()
+    np.testing.assert_array_equal(found.to_numpy()[there], share[there])
+    assert {0.5, 1.0} <= set(share[there])
+
+
+@pytest.fixture(scope="module")
+def alike() -> tuple[np.ndarray, np.ndarray]:
+    """Predictors in groups that are alike, and responses of a few of them: more of both than a block holds."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((60, 8))[:, np.arange(70) % 8] + 0.3 * rng.standard_normal((60, 70))
+    y = x[:, :6] @ rng.standard_normal((6, 150)) + rng.standard_normal((60, 150))
+    return x, y / y.std(0)
+
+
+@pytest.mark.parametrize("penalty", [0.3, 0.02])
+def test_the_lasso_of_predictors_that_are_alike(alike: tuple[np.ndarray, np.ndarray], penalty: float) -> None:
+    """Also where there are fewer cells than predictors."""
+    x, y = alike
+    with jax.enable_x64(True):
+        covariance, cross = (jax.numpy.asarray(x.T @ a / len(x)) for a in (x, y))
+        found = np.asarray(_grn_lasso.lasso(covariance, cross, cross < np.inf, jax.numpy.asarray(penalty)))
+    np.testing.assert_allclose(found, lasso(penalty).fit(x, y).coef_.T, atol=1e-6)
+    assert 0.02 < (found != 0).mean() < 0.7
+
+
+def test_derivatives_of_the_lasso(cells: ad.AnnData) -> None:
+    """One factor has no targets at this penalty: its activity is 0, and so is its derivative."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = jax.numpy.asarray(np.c_[cells.X[:150, :30], rng.standard_normal(150)], jax.numpy.float64)
+        op = ops.GRN(tfs=np.asarray([1, 5, 9, 30]), penalty=0.3, method="lasso")
+        v = jax.numpy.asarray(rng.standard_normal(x.shape)) * x.std(0)
+        c = jax.numpy.asarray(rng.standard_normal((150, 4)))
+
+        @jax.jit
+        def value(x: jax.Array, penalty: jax.Array) -> jax.Array:
+            result = replace(op, penalty=penalty)(x)
+            return (result.activity * c).sum() + (result.weights**2).sum()
+
+        at = jax.numpy.asarray(0.3)
+        by_x, by_penalty = jax.jit(jax.grad(value, (0, 1)))(x, at)
+        weights = op(x).weights
+        assert not weights[3].any()
+        assert 0 < (weights[:3] != 0).mean() < 1
+        h = 1e-6
+        by_difference = (value(x + h * v, at) - value(x - h * v, at)) / (2 * h)
+        np.testing.assert_allclose((by_x * v).sum(), by_difference, rtol=1e-5)
+        np.testing.assert_allclose(by_penalty, (value(x, at + h) - value(x, at - h)) / (2 * h), rtol=1e-5)
+        assert abs(float(by_penalty)) > 1e-2
 
 
 def test_permuted_cells_predict_nothing(cells: ad.AnnData, edges: pd.DataFrame) -> None:
@@ -158,6 +262,8 @@ def test_a_plan_does_what_the_call_does(cells: ad.AnnData) -> None:
 def test_it_needs_factors() -> None:
     with pytest.raises(ValueError, match="needs tfs"):
         ops.GRN().init(jax.numpy.ones((20, 3)))
+    with pytest.raises(ValueError, match=r"method='forest'.*'lasso'"):
+        ops.GRN(tfs=np.arange(2), method="forest").init(jax.numpy.ones((20, 3)))
 
 
 def test_a_fitted_plan_is_saved_with_its_prior(cells: ad.AnnData, edges: pd.DataFrame, tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def grn(
         Share of the variance that is predicted in held-out cells, below 0 where the mean would predict better. Edges
         to genes with little of it are guesses.
     `adata.uns["grn_params" | f"{key_added}_params"]` : dict
-        `tfs` (the columns of the activity), `method`, `penalty`, `n_subsamples`, `random_state`, and whether there was a
-        `prior`.
+        `tfs` (the columns of the activity), `method`, `penalty`, `n_subsamples`, `random_state`, and whether a `prior`
+        was given.
 
     Raises
     ------

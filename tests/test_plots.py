@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
 import scdiffx as sd
@@ -173,8 +173,8 @@ def test_groups_take_the_saved_colors() -> None:
     ax = sd.pl.pseudotime(adata, groupby="group", show=False)
     np.testing.assert_allclose([p.get_facecolor()[:3] for p in ax.patches], [[0, 0, 1], [0, 1, 0], [1, 0, 0]])
     adata.uns["group_colors"] = ["#ff0000"]  # left over from fewer groups
-    faces = [p.get_facecolor() for p in sd.pl.pseudotime(adata, groupby="group", show=False).patches]
-    assert len(set(faces)) == 1
+    faces = [p.get_facecolor()[:3] for p in sd.pl.pseudotime(adata, groupby="group", show=False).patches]
+    assert [to_hex(face) for face in faces[::-1]] == adata.uns["group_colors"] == ["#0072b2", "#d55e00", "#009e73"]
 
 
 def test_given_axes_are_used_and_pyplot_is_left_alone() -> None:
@@ -574,7 +574,8 @@ def network() -> ad.AnnData:
 
 def test_a_network_has_its_strongest_edges_by_sign() -> None:
     ax = sd.pl.grn(network(), n_edges=3, show=False)
-    assert [patch.get_edgecolor() for patch in ax.patches] == [to_rgba(c, 0.7) for c in ("C0", "C3", "C0")]
+    shades = [to_rgba(color, 0.7) for color in ("#0072B2", "#D55E00", "#0072B2")]
+    assert [patch.get_edgecolor() for patch in ax.patches] == shades
     assert ax.patches[0].get_linewidth() == 2 * ax.patches[2].get_linewidth()
     # Factors are in boxes, targets are not.
     assert {text.get_text(): text.get_bbox_patch() is not None for text in ax.texts} == {

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import GREY, finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import GREY, finish, group_colors, group_legend, legend_room, lookup, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,7 +27,8 @@ def aligned_slices(
     adata
         After `sd.tl.align_slices`.
     color
-        Column of `adata.obs` that says the colour of a spot: numbers or groups; the slice by default.
+        Column of `adata.obs` that says the colour of a spot: numbers, or groups in the colours of
+        ``adata.uns[f"{color}_colors"]``, which are added where there are none. By default the slice.
     key
         What `key_added` was, if it was given.
     size
@@ -69,10 +70,11 @@ def aligned_slices(
     names = [str(name) for name in adata.uns[key]["slices"]]
     column = batch_key if color is None else color
     values = lookup(adata.obs, column, "color", "obs")
-    axes = new_axes(ax, (6.4, 4.8))
-    area = min(60.0, max(2.0, 20_000 / max(adata.n_obs, 1))) if size is None else size
     is_number = values.dtype.kind in "fiu" and column != batch_key
-    colors = values.to_numpy(np.float64) if is_number else _group_colors(adata, column)
+    table = {} if is_number else group_colors(adata, column)
+    axes = new_axes(ax, (6.4 + legend_room([] if is_number else [*names, *table]), 4.8))
+    area = min(60.0, max(2.0, 20_000 / max(adata.n_obs, 1))) if size is None else size
+    colors = values.to_numpy(np.float64) if is_number else _by_group(values, table)
     limits: dict[str, Any] = {"vmin": np.nanmin(colors), "vmax": np.nanmax(colors)} if is_number else {}
     drawn = None
     for k, name in enumerate(names):
@@ -91,7 +93,7 @@ def aligned_slices(
     axes.set_ylabel(f"{where} 2")
     if drawn is not None:
         axes.figure.colorbar(drawn, ax=axes, label=column, shrink=0.7)
-    _legend(axes, adata, column, names, batch_key, is_number)
+    _legend(axes, table, column, names, batch_key)
     return finish(axes, ax, show)
 
 
@@ -99,43 +101,27 @@ def _marker(k: int) -> str:
     return "osD^v<>ph8"[k % 10]
 
 
-def _group_colors(adata: AnnData, column: str) -> np.ndarray:
+def _by_group(values: Any, table: dict[Any, str]) -> np.ndarray:
     """A colour for each spot, by its group."""
-    groups = adata.obs[column].astype("category")
-    table = _palette(adata, column)
-    return np.array([table.get(group, GREY) for group in groups.astype(object)], object)
+    return np.array([table.get(group, GREY) for group in values.astype("category").astype(object)], object)
 
 
-def _palette(adata: AnnData, column: str) -> dict[Any, Any]:
-    import matplotlib as mpl
-    from matplotlib.colors import to_hex
-
-    groups = adata.obs[column].astype("category").cat.remove_unused_categories().cat.categories
-    saved = saved_colors(adata, column)
-    many = len(groups) > 10
-    shades = [
-        to_hex(mpl.colormaps["turbo"](0.05 + 0.9 * i / (len(groups) - 1)) if many else mpl.colormaps["tab10"](i))
-        for i in range(len(groups))
-    ]
-    return {group: saved.get(group, shade) for group, shade in zip(groups, shades, strict=True)}
-
-
-def _legend(axes: Axes, adata: AnnData, column: str, names: list[str], batch_key: str, is_number: bool) -> None:
+def _legend(axes: Axes, table: dict[Any, str], column: str, names: list[str], batch_key: str) -> None:
     """What the markers mean, and beside them the colours where these are of groups."""
     from matplotlib.lines import Line2D
 
     style: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "none"}
     of_slice = column == batch_key
-    table = {} if is_number else {str(group): shade for group, shade in _palette(adata, column).items()}
+    shades = {str(group): shade for group, shade in table.items()} if of_slice else {}
     handles = [
-        Line2D([], [], marker=_marker(k), color=table.get(name, "black") if of_slice else "black", label=name, **style)
+        Line2D([], [], marker=_marker(k), color=shades.get(name, "black"), label=name, **style)
         for k, name in enumerate(names)
     ]
-    if not (of_slice or is_number):
-        dots: dict[str, Any] = {"marker": "o", "linestyle": "none"}
-        handles += [Line2D([], [], color=shade, label=group, **dots) for group, shade in table.items()]
-    if is_number:
+    if not table:
         # The colour bar stands at the right.
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=4, frameon=False)
-    else:
-        axes.legend(handles=handles, title=column, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        return
+    if not of_slice:
+        dots: dict[str, Any] = {"marker": "o", "linestyle": "none"}
+        handles += [Line2D([], [], color=shade, label=str(group), **dots) for group, shade in table.items()]
+    group_legend(axes, title=column, handles=handles, count=len(handles))

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import finish, group_colors, legend_room, lookup, new_axes, palette
 from scdiffx.pl._polygon import draw_cells, draw_corners, point_area, ring_order
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def archetypes(
         Annotated data (cells x genes) after ``sd.tl.archetypes``.
     color
         Column of `adata.obs`: numbers are drawn with `cmap`, others in the colours of
-        ``adata.uns[f"{color}_colors"]``, where these exist. By default cells have the colours of the corners, mixed by
-        their weights.
+        ``adata.uns[f"{color}_colors"]``, which are added where there are none. By default cells have the
+        colours of the corners, mixed by their weights.
     key
         The `key_added` of ``sd.tl.archetypes``.
     ax
@@ -83,8 +83,10 @@ def archetypes(
     # The first corner is at the top.
     angle = np.pi / 2 - 2 * np.pi * np.arange(count) / count
     corners = np.c_[np.cos(angle), np.sin(angle)]
-    shades: list[Any] = [f"C{i % 10}" for i in order]
-    axes = new_axes(ax, (6.0, 5.0))
+    of_corner = palette(count)
+    shades = [of_corner[i] for i in order]
+    of_group = {} if values is None or values.dtype.kind in "fiu" else group_colors(adata, str(color))
+    axes = new_axes(ax, (6.6 + legend_room(list(of_group)), 5.0))
     draw_corners(axes, corners, [str(i) for i in order], shades)
     axes.set_ylim(corners[:, 1].min() - 0.15, corners[:, 1].max() + 0.15)
     points = weights[:, order] @ corners
@@ -93,5 +95,5 @@ def archetypes(
         mixed = np.clip(weights[:, order] @ np.array([to_rgb(shade) for shade in shades]), 0, 1)
         axes.scatter(points[:, 0], points[:, 1], s=area, c=mixed, linewidths=0, rasterized=True)
     else:
-        draw_cells(axes, points, values, saved_colors(adata, color), color, cmap, area)
+        draw_cells(axes, points, values, of_group, color, cmap, area)
     return finish(axes, ax, show)

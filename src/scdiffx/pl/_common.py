@@ -1,17 +1,21 @@
-"""What every plot needs: axes, keys, and whether to show."""
+"""What every plot needs: axes, keys, colours of groups and their legend, and whether to show."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-__all__ = ["GREY", "finish", "lookup", "new_axes", "saved_colors"]
+__all__ = ["GREY", "finish", "group_colors", "group_legend", "legend_room", "lookup", "new_axes", "palette"]
 
 GREY = "#bdbdbd"  # of what has no value
+# The palette of Okabe and Ito, told apart with every kind of colour vision; first what is clearest on white.
+_OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#f0e442")
+_LEGEND_ROWS = 20
 
 
 def lookup(mapping: Any, key: str, argument: str, where: str) -> Any:
@@ -44,9 +48,64 @@ def finish(ax: Axes, given: Axes | None, show: bool | None) -> Axes:
     return ax
 
 
-def saved_colors(adata: AnnData, groupby: str) -> dict[Any, Any]:
-    """The colours that scanpy saved, by group; nothing where there are too few of them."""
-    column, colors = adata.obs[groupby], adata.uns.get(f"{groupby}_colors")
-    if colors is None or column.dtype.name != "category" or len(colors) < len(column.cat.categories):
-        return {}
-    return dict(zip(column.cat.categories, colors, strict=False))
+def palette(count: int) -> list[str]:
+    """Colours of so many groups: Okabe and Ito's up to 8, beyond that scanpy's, which no eye tells apart for sure."""
+    if count <= len(_OKABE_ITO):
+        return list(_OKABE_ITO[:count])
+    from scanpy.plotting import palettes
+
+    for choice in (palettes.default_20, palettes.default_28, palettes.default_102):
+        if count <= len(choice):
+            return [str(color) for color in choice[:count]]
+    return [GREY] * count
+
+
+def group_colors(adata: AnnData, key: str) -> dict[Any, str]:
+    """A colour for each category of a column of obs: those saved in `uns`, or else new ones, which are saved.
+
+    scanpy's rule and its place, ``uns[f"{key}_colors"]``: colours are used if there are enough of them and Matplotlib
+    knows them all. They are not saved for a column that is not categorical, nor in a view, which would become a copy.
+    """
+    from matplotlib.colors import is_color_like, to_hex
+
+    column, name = adata.obs[key], f"{key}_colors"
+    groups = list(column.astype("category").cat.categories)
+    saved = adata.uns.get(name)
+    is_categorical = column.dtype.name == "category"
+    if is_categorical and saved is not None and len(saved) >= len(groups) and all(map(is_color_like, saved)):
+        return {group: to_hex(color) for group, color in zip(groups, saved, strict=False)}
+    colors = palette(len(groups))
+    if is_categorical and not adata.is_view:
+        adata.uns[name] = colors
+    return dict(zip(groups, colors, strict=True))
+
+
+def legend_room(names: Sequence[Any]) -> float:
+    """Inches that a legend of these names needs beside the axes, beyond those of a short one."""
+    return max(0.0, _legend_columns(len(names)) * (0.45 + 0.075 * max((len(str(n)) for n in names), default=0)) - 0.7)
+
+
+def group_legend(ax: Axes, *, title: str, at: float = 1.02, handles: Any = None, count: int) -> None:
+    """The legend of groups at the right of the axes: columns of 20, with dots that can be seen."""
+    from matplotlib.collections import PathCollection
+
+    style: dict[str, Any] = {} if handles is None else {"handles": handles}
+    legend = ax.legend(
+        loc="center left",
+        bbox_to_anchor=(at, 0.5),
+        frameon=False,
+        title=title,
+        ncols=_legend_columns(count),
+        fontsize="small" if count > _LEGEND_ROWS else None,
+        **style,
+    )
+    if ax.get_aspect() != "auto":
+        # The room that an equal aspect leaves is on the side of the legend.
+        ax.set_anchor("W")
+    for handle in legend.legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([40])
+
+
+def _legend_columns(count: int) -> int:
+    return max(1, -(-count // _LEGEND_ROWS))

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import finish, group_colors, legend_room, lookup, new_axes, palette
 from scdiffx.pl._polygon import draw_cells, draw_corners, point_area, ring_order
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def fate_probabilities(
         Annotated data (cells x genes) after ``sd.tl.fate_probabilities``, or after CellRank.
     color
         Column of `adata.obs`: numbers are drawn with `cmap`, others in the colours of
-        ``adata.uns[f"{color}_colors"]``, where these exist.
+        ``adata.uns[f"{color}_colors"]``, which are added where there are none.
     normalize
         Whether to divide each state's probabilities by their mean first, so that rare states attract cells too.
     ax
@@ -89,10 +89,11 @@ def fate_probabilities(
     order = ring_order(share)
     angle = np.linspace(0, 2 * np.pi, len(order), endpoint=False)
     corners = np.c_[np.cos(angle), np.sin(angle)]
-    axes = new_axes(ax, (6.0, 5.0))
+    shades = {} if values.dtype.kind in "fiu" else group_colors(adata, color)
+    axes = new_axes(ax, (6.6 + legend_room(list(shades)), 5.0))
     draw_corners(axes, corners, [names[i] for i in order], [colors[i] for i in order])
     area = point_area(int(known.sum())) if size is None else size
-    draw_cells(axes, share[:, order] @ corners, values[known], saved_colors(adata, color), color, cmap, area)
+    draw_cells(axes, share[:, order] @ corners, values[known], shades, color, cmap, area)
     if not known.all():
         note = f"{(~known).sum()} cells without a fate are not shown"
         axes.text(0.5, -0.02, note, transform=axes.transAxes, ha="center", va="top", color="#595959")
@@ -106,7 +107,7 @@ def _states(adata: AnnData, count: int) -> tuple[list[str], list[Any]]:
     colors = list(adata.uns.get("term_states_fwd_colors", []))
     return (
         names if len(names) == count else [str(i) for i in range(count)],
-        colors if len(colors) == count else [f"C{i}" for i in range(count)],
+        colors if len(colors) == count else palette(count),
     )
 
 

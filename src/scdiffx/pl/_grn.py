@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH = 2.5
-_COLORS = {1: "C0", -1: "C3"}
+_COLORS = {1: "#0072B2", -1: "#D55E00"}
 
 
 def grn(
@@ -26,7 +26,7 @@ def grn(
 ) -> Axes:
     """Plot the strongest edges of a regulatory network: transcription factors as squares, their targets as names.
 
-    Arrows that activate are blue, those that repress red with a bar for a head, and as wide as their weight.
+    Arrows that activate are blue, those that repress vermilion with a bar for a head, and as wide as their weight.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import finish, group_colors, group_legend, legend_room, lookup, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,7 +36,8 @@ def ot_flow(
     adata
         After `sd.tl.ot_trajectory`.
     groupby
-        Column of `adata.obs` with groups; drawn in the colours of ``adata.uns[f"{groupby}_colors"]`` where these exist.
+        Column of `adata.obs` with groups; drawn in the colours of ``adata.uns[f"{groupby}_colors"]``, which are added
+        where there are none.
     key
         What `key_added` was, if it was given.
     min_share
@@ -84,10 +85,9 @@ def ot_flow(
     codes = groups.cat.codes.to_numpy()
     sizes = np.array([np.bincount(codes[index], minlength=len(names)) for index in cells])
     shares = sizes / sizes.sum(1, keepdims=True)
-    axes = new_axes(
-        ax, (2.6 + 1.15 * len(cells) + 0.075 * max(map(len, map(str, names))), 1.8 + 0.3 * max(len(names), 8))
-    )
-    colors = _colors(adata, groupby, names)
+    axes = new_axes(ax, (3.6 + 1.15 * len(cells) + legend_room(names), 1.8 + 0.3 * min(max(len(names), 8), 20)))
+    table = group_colors(adata, groupby)
+    colors = [table[name] for name in names]
     bottoms = [_bottoms(part) for part in shares]
     for k, part in enumerate(shares):
         axes.bar(k, part, 2 * _BAR, bottoms[k], color=colors, zorder=2)
@@ -101,7 +101,7 @@ def ot_flow(
     axes.spines[:].set_visible(False)
     handles = [_patch(color, str(name)) for name, color in zip(names, colors, strict=True)]
     # The first group stands at the bottom, and so it does in the legend.
-    axes.legend(handles=handles[::-1], title=groupby, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    group_legend(axes, title=groupby, at=1.0, handles=handles[::-1], count=len(handles))
     return finish(axes, ax, show)
 
 
@@ -157,17 +157,6 @@ def _draw_ribbons(
         low = left[a, b] + (right[a, b] - left[a, b]) * ease
         high = low + leaving[a, b] + (arriving[a, b] - leaving[a, b]) * ease
         ax.fill_between(at, low, high, color=colors[a], alpha=0.45, linewidth=0, zorder=1)
-
-
-def _colors(adata: AnnData, groupby: str, names: list[Any]) -> list[Any]:
-    """Those that scanpy saved, or else distinct ones."""
-    import matplotlib as mpl
-
-    if saved := saved_colors(adata, groupby):
-        return [saved[name] for name in names]
-    if len(names) <= 10:
-        return [mpl.colormaps["tab10"](i) for i in range(len(names))]
-    return [mpl.colormaps["turbo"](0.05 + 0.9 * i / (len(names) - 1)) for i in range(len(names))]
 
 
 def _patch(color: Any, label: str) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import GREY
+from scdiffx.pl._common import GREY, group_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def draw_corners(ax: Axes, corners: np.ndarray, names: list[str], colors: list[A
 
 
 def draw_cells(
-    ax: Axes, points: np.ndarray, values: Any, saved: dict[Any, Any], name: str, cmap: str, area: float
+    ax: Axes, points: np.ndarray, values: Any, colors: dict[Any, str], name: str, cmap: str, area: float
 ) -> None:
     style: dict[str, Any] = {"s": area, "linewidths": 0, "rasterized": True}
     if values.dtype.kind in "fiu":
@@ -66,9 +66,8 @@ def draw_cells(
     missing = groups.isna().to_numpy()
     if missing.any():
         ax.scatter(points[missing, 0], points[missing, 1], color=GREY, **style)
-    for i, group in enumerate(groups.cat.categories):
+    for group in groups.cat.categories:
         inside = (groups == group).to_numpy()
         if inside.any():
-            shade = saved.get(group, f"C{i % 10}")
-            ax.scatter(points[inside, 0], points[inside, 1], color=shade, label=str(group), **style)
-    ax.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), frameon=False, title=name)
+            ax.scatter(points[inside, 0], points[inside, 1], color=colors[group], label=str(group), **style)
+    group_legend(ax, title=name, at=1.12, count=len(groups.cat.categories))

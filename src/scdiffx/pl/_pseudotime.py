@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import GREY, finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import GREY, finish, group_colors, lookup, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -44,7 +44,8 @@ def pseudotime(
         Key of `adata.obsm`, with or without its prefix. By default the first of ``"X_umap"``, ``"X_diffmap"`` and
         ``"X_pca"`` that exists. Of the diffusion map components 2 and 3 are shown: the first one is stationary.
     groupby
-        Column of `adata.obs` with groups; drawn in the colours of ``adata.uns[f"{groupby}_colors"]`` where these exist.
+        Column of `adata.obs` with groups; drawn in the colours of ``adata.uns[f"{groupby}_colors"]``, which are added
+        where there are none.
     ax
         Axes to draw into; by default those of a new figure.
     show
@@ -86,7 +87,7 @@ def pseudotime(
         groups = lookup(adata.obs, groupby, "groupby", "obs").astype("category").cat.remove_unused_categories()
         names = [str(name) for name in groups.cat.categories]
         axes = new_axes(ax, (5.2 + 0.09 * max(map(len, names), default=0), 1.4 + 0.26 * len(names)))
-        _draw_groups(axes, time, groups, saved_colors(adata, groupby))
+        _draw_groups(axes, time, groups, group_colors(adata, groupby))
         axes.set_xlabel(key)
         axes.set_ylabel(groupby)
     else:
@@ -150,7 +151,7 @@ def _absent(time: np.ndarray) -> str:
     return ", ".join(parts)
 
 
-def _draw_groups(ax: Axes, time: np.ndarray, groups: Any, colors: dict[Any, Any]) -> None:
+def _draw_groups(ax: Axes, time: np.ndarray, groups: Any, colors: dict[Any, str]) -> None:
     values = {name: time[(groups == name).to_numpy()] for name in groups.cat.categories}
     finite = {name: v[np.isfinite(v)] for name, v in values.items()}
     order = sorted(values, key=lambda name: np.median(finite[name]) if len(finite[name]) else np.inf)
@@ -167,7 +168,7 @@ def _draw_groups(ax: Axes, time: np.ndarray, groups: Any, colors: dict[Any, Any]
         manage_ticks=False,
     )
     for box, name in zip(boxes["boxes"], order, strict=True):
-        box.set_facecolor(colors.get(name, "#9ecae1"))
+        box.set(facecolor=colors[name], alpha=0.7)
     for place, name in zip(places, order, strict=True):
         if not len(finite[name]):
             ax.text(

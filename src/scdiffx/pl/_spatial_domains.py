@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiffx.pl._common import GREY, finish, lookup, new_axes, saved_colors
+from scdiffx.pl._common import GREY, finish, group_colors, group_legend, legend_room, lookup, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,7 +35,7 @@ def spatial_domains(
         Annotated data (cells x genes) after ``sd.tl.spatial_domains``.
     key
         The `key_added` of ``sd.tl.spatial_domains``; any other categorical column of `adata.obs` can be drawn too.
-        Colours are those of ``adata.uns[f"{key}_colors"]``, where these exist.
+        Colours are those of ``adata.uns[f"{key}_colors"]``, which are added where there are none.
     spatial_key
         Key of `obsm` with the coordinates.
     batch
@@ -87,8 +87,8 @@ def spatial_domains(
     elif batch is not None:
         raise ValueError(f"batch={batch!r}: domains were not found by slice")
     domains = adata.obs[key].astype("category")
-    colors, points = saved_colors(adata, key), where[:, :2]
-    axes = new_axes(ax, (6.4, 5.0))
+    colors, points = group_colors(adata, key), where[:, :2]
+    axes = new_axes(ax, (6.4 + legend_room(list(colors)), 5.0))
     span = np.ptp(points[shown], axis=0)
     margin = 0.02 * span.max() or 1.0
     low, high = points[shown].min(0) - margin, points[shown].max(0) + margin
@@ -100,26 +100,17 @@ def spatial_domains(
     missing = domains.isna().to_numpy() & shown
     if missing.any():
         axes.scatter(*points[missing].T, color=GREY, label="none", **style)
-    count = len(domains.cat.categories)
-    for i, domain in enumerate(domains.cat.categories):
+    for domain, shade in colors.items():
         inside = (domains == domain).to_numpy() & shown
         if inside.any():
-            axes.scatter(*points[inside].T, color=colors.get(domain, _shade(i, count)), label=str(domain), **style)
+            axes.scatter(*points[inside].T, color=shade, label=str(domain), **style)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     if batch is not None:
         axes.set_title(str(batch), fontsize="medium")
-    legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=key)
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])  # type: ignore[union-attr]
+    group_legend(axes, title=key, count=len(colors))
     return finish(axes, ax, show)
-
-
-def _shade(i: int, count: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["tab10" if count <= 10 else "tab20"](i % (10 if count <= 10 else 20))
 
 
 def _area(axes: Axes, span: np.ndarray, cells: int) -> float:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.spatial import cKDTree
 
-from scdiffx.pl._common import GREY, finish, lookup, new_axes
+from scdiffx.pl._common import GREY, finish, group_colors, lookup, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,8 +43,8 @@ def velocity_stream(
     vkey
         Name of the velocities.
     color
-        Column of `adata.obs` with groups, drawn in the colours of ``adata.uns[f"{color}_colors"]`` where these exist,
-        and named at their middle, or with numbers.
+        Column of `adata.obs` with groups, drawn in the colours of ``adata.uns[f"{color}_colors"]``, which are added
+        where there are none, and named at their middle, or with numbers.
     density
         How close lines are to each other.
     smooth
@@ -172,15 +172,12 @@ def _draw_cells(
         drawn = ax.scatter(points[:, 0], points[:, 1], c=column.to_numpy(np.float64), cmap=cmap, **style)
         ax.figure.colorbar(drawn, ax=ax, label=color)
         return
-    import matplotlib.pyplot as plt
-
     groups = column.astype("category").cat
-    saved = adata.uns.get(f"{color}_colors", ())
-    colors = list(saved) if len(saved) >= len(groups.categories) else plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colors = list(group_colors(adata, str(color)).values())
     for i, name in enumerate(groups.categories):
         there = points[(groups.codes == i).to_numpy()]
         if len(there):
-            ax.scatter(there[:, 0], there[:, 1], color=colors[i % len(colors)], label=str(name), **style)
+            ax.scatter(there[:, 0], there[:, 1], color=colors[i], label=str(name), **style)
             frame = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.75, "edgecolor": "none"}
             x, y = np.median(there, 0)
             ax.text(x, y, str(name), ha="center", va="center", fontsize=9, zorder=4, bbox=frame)

@@ -57,17 +57,8 @@ class Pattern(NamedTuple):
         n, k = indices.shape
         if like is not None and like.n_cells != n:
             like = None
-        indices = np.asarray(indices, dtype=np.int64)
-        source = np.repeat(np.arange(n), k)
-        target = indices.ravel()
-        key = source * n + target
-        order = np.argsort(key, kind="stable")
-        found = np.searchsorted(key[order], target * n + source)
-        partner = order[np.minimum(found, key.size - 1)]
-        mutual = key[partner] == target * n + source
-        one_way = np.flatnonzero(~mutual)
-        one_way = one_way[np.argsort(target[one_way], kind="stable")]
-        return _place(n, k, indices, mutual, partner, one_way, target[one_way], source[one_way], like)
+        mutual, partner, one_way = _partners(np.asarray(indices, dtype=np.int64))
+        return _place(n, k, indices, mutual, partner, one_way, indices.ravel()[one_way], one_way // k, like)
 
     @classmethod
     def from_csr(cls, indptr: np.ndarray, indices: np.ndarray) -> Pattern:
@@ -90,6 +81,23 @@ class Pattern(NamedTuple):
     def row_of_slot(self) -> np.ndarray:
         """The cell that each row of slots belongs to; `n_cells` for pad rows (host array)."""
         return np.concatenate([np.arange(self.n_cells), np.asarray(self.owner)])
+
+
+def _partners(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which edges are listed from both sides, where the other listing is, and those from one side, by target."""
+    n, k = indices.shape
+    target = indices.ravel()
+    source = np.repeat(np.arange(n), k)
+    key = source * n + target
+    opposite = target * n + source
+    del source
+    order = np.argsort(key, kind="stable")
+    found = np.searchsorted(key[order], opposite)
+    partner = order[np.minimum(found, key.size - 1, out=found)]
+    del order, found
+    mutual = key[partner] == opposite
+    one_way = np.flatnonzero(~mutual)
+    return mutual, partner, one_way[np.argsort(target[one_way], kind="stable")]
 
 
 def _order(indptr: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -178,6 +186,7 @@ def _bucket(needed: int, n: int) -> int:
 
 
 _PANEL = 8
+_GATHERED_ROWS = 8192
 
 
 def _in_bounds(v: Array, index: Array | np.ndarray) -> Array:
@@ -272,9 +281,14 @@ _matmul.defvjp(lambda p, values, v: (_gathered_sum(p, values, v), (p, values, v)
 @jax.custom_vjp
 def squared_distances(p: Pattern, z: Float[Array, "cells dims"]) -> Float[Array, "rows width"]:
     """Squared Euclidean distances along the edges; 0 at pad slots."""
-    left = _spread(p, z)
-    parts = [((left - _in_bounds(z, p.indices[:, j])) ** 2).sum(1) for j in range(p.indices.shape[1])]
-    return jnp.stack(parts, 1) * p.valid
+    z = jnp.asarray(z)
+
+    def of_row(row: tuple[Array, Array]) -> Array:
+        own, index = row
+        return ((own - _in_bounds(z, index)) ** 2).sum(1)
+
+    # Rows by the thousand: XLA keeps all that it gathers at once, which is `dims` numbers for every edge.
+    return jax.lax.map(of_row, (_spread(p, z), jnp.asarray(p.indices)), batch_size=_GATHERED_ROWS) * p.valid
 
 
 def _squared_distances_bwd(saved: tuple[Pattern, Array], g: Array) -> tuple[None, Array]:

@@ -106,10 +106,16 @@ def _partition(graph: Graph, op: Leiden) -> tuple[np.ndarray, float]:
     import igraph
 
     adjacency = graph.to_scipy().tocoo()
+    n = adjacency.shape[0]
     if not adjacency.data.any():  # modularity is 0/0: igraph 0.11 would search forever
-        return np.arange(adjacency.shape[0]), float("nan")
-    g: Any = igraph.Graph(n=adjacency.shape[0], edges=np.column_stack([adjacency.row, adjacency.col]), directed=False)
-    weights = adjacency.data.astype(np.float64).tolist() if op.use_weights else None
+        return np.arange(n), float("nan")
+    weights = adjacency.data.astype(np.float64) if op.use_weights else None
+    edges = np.column_stack([adjacency.row, adjacency.col])
+    del adjacency
+    # Edges given to the constructor pass through Python objects, at three times the memory.
+    g: Any = igraph.Graph(n=n, directed=False)
+    g.add_edges(edges)
+    del edges
     igraph.set_random_number_generator(_Generator(op.seed))
     try:
         part = g.community_leiden(

@@ -56,10 +56,11 @@ def _collect_tutorials() -> None:
     source, target = HERE.parent / "tutorials", HERE / "tutorials"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    notebooks = sorted(source.glob("*.ipynb"))
+    index = (source / "README.md").read_text()
+    # In the order in which the text names them.
+    notebooks = sorted(source.glob("*.ipynb"), key=lambda n: (index.index(f"`{n.stem}`"), n.stem))
     for notebook in notebooks:
         shutil.copy(notebook, target)
-    index = (source / "README.md").read_text()
     if notebooks:
         names = "\n".join(n.stem for n in notebooks)
         index += f"\n```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"

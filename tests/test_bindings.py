@@ -176,6 +176,16 @@ def grn_keys(key: str, activity: str) -> dict[str, str]:
     }
 
 
+def attention_keys(key: str, activity: str) -> dict[str, str]:
+    of_others = {f"uns/{key}_params/{name}" for name in ("penalty", "n_subsamples")}
+    return {
+        **{name: kind for name, kind in grn_keys(key, activity).items() if name not in of_others},
+        f"var/{key}_r2_linear": "float32",
+        f"uns/{key}_params/n_steps": "int",
+        f"uns/{key}_params/n_regulators": "int",
+    }
+
+
 def kmeans_keys(key: str) -> dict[str, str]:
     return {
         f"obs/{key}": "category",
@@ -796,6 +806,16 @@ CASES = [
         {"tfs": ["TNFRSF4", "HES4"]},
         keyed=grn_keys("mine", "mine_activity"),
         matrix=True,
+    ),
+    Case(
+        "grn_gat",
+        "tl.grn",
+        "log",
+        attention_keys("grn", "tf_activity"),
+        {"tfs": ["TNFRSF4", "HES4"], "method": "gat", "n_regulators": 2, "n_steps": 2},
+        keyed=attention_keys("mine", "mine_activity"),
+        matrix=True,
+        slow=True,
     ),
     Case(
         "spatial_domains",
@@ -1629,6 +1649,9 @@ REFUSED = [
     ("grn", {"method": "forest"}, ValueError, "method='forest'.*'lasso'"),
     ("grn", {"method": "lasso", "n_subsamples": 5}, ValueError, "n_subsamples=5"),
     ("grn", {"n_subsamples": 4}, ValueError, "n_subsamples=4.*'lasso'"),
+    ("grn", {"method": "gat", "penalty": 0.1}, ValueError, "penalty=0.1.*'lasso'"),
+    ("grn", {"method": "gat", "n_steps": 0}, ValueError, "n_steps=0"),
+    ("grn", {"method": "gat", "n_regulators": 0}, ValueError, "n_regulators=0"),
     ("ligrec", {"cluster_key": "absent"}, KeyError, r"cluster_key='absent'.*'cell_type'"),
     ("ligrec", {"cluster_key": "quality"}, TypeError, "cluster_key='quality'.*fractional"),
     ("ligrec", {"cluster_key": "only"}, ValueError, "cluster_key='only' has 1 group"),

@@ -81,6 +81,7 @@ SLOW = {
     "doublet_classifier",
     "dynamics",
     "fate_probabilities",
+    "grn_attention",
     "grn_lasso",
     "grn_with_prior",
     "highly_variable_cutoffs",
@@ -375,6 +376,18 @@ CASES = [
             ("grn_lasso", {"method": "lasso", "n_subsamples": 2}),
             ("grn_with_prior", {"regulators": np.arange(GENES * 3).reshape(-1, 3) % 10 % 9 - 1}),
         )
+    ),
+    Case(
+        "grn_attention",
+        lambda: ops.AttentionGRN(
+            tfs=np.arange(3, 60, 7), training=ops.GRNTraining(n_regulators=3, n_dims=2, n_steps=3, batch_size=32)
+        ),
+        lambda d: (d.log,),
+        tuple,
+        budget=800,
+        learns=("net",),
+        # Which cells are held out and share a minibatch depends on their order.
+        equivariant=False,
     ),
     Case(
         "harmony",

@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score
 import scdiffx as sd
 from conftest import DATA, _read
 from scdiffx import ops
-from scdiffx.ops import _grn_lasso
+from scdiffx.ops import _grn_gat, _grn_lasso
 
 # Average precision of GENIE3 (200 trees) over chance, by `benchmarks/grn.py --trees 200`.
 GENIE3 = 4.74
@@ -185,6 +185,7 @@ def test_the_lasso_of_predictors_that_are_alike(alike: tuple[np.ndarray, np.ndar
     assert 0.02 < (found != 0).mean() < 0.7
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_lasso(cells: ad.AnnData) -> None:
     """One factor has no targets at this penalty: its activity is 0, and so is its derivative."""
     with jax.enable_x64(True):
@@ -209,6 +210,61 @@ def test_derivatives_of_the_lasso(cells: ad.AnnData) -> None:
         np.testing.assert_allclose((by_x * v).sum(), by_difference, rtol=1e-5)
         np.testing.assert_allclose(by_penalty, (value(x, at + h) - value(x, at - h)) / (2 * h), rtol=1e-5)
         assert abs(float(by_penalty)) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def gated() -> ad.AnnData:
+    """Cells whose gene "both" follows the first factor where the second is high; "one" follows the third, downwards."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((600, 6))
+    gate = x[:, 1] > 0
+    x[:, 4] = 2 * x[:, 0] * gate + 0.2 * rng.standard_normal(600)
+    x[:, 5] = -x[:, 2] + 0.2 * rng.standard_normal(600)
+    adata = ad.AnnData(x.astype(np.float32), var=pd.DataFrame(index=["a", "b", "c", "d", "both", "one"]))
+    sd.tl.grn(adata, ["a", "b", "c", "d"], method="gat", n_regulators=3)
+    return adata
+
+
+def test_graph_attention_sees_what_a_factor_does_where_another_is_high(gated: ad.AnnData) -> None:
+    var = gated.var
+    assert var.loc["both", "grn_r2"] > var.loc["both", "grn_r2_linear"] + 0.2
+    assert var.loc["one", "grn_r2"] > 0.85
+    weights = matrix(gated)
+    assert weights["both"].abs().idxmax() == "a"
+    assert weights.loc["c", "one"] < -0.8
+    assert ((weights != 0).sum() <= 3).all()
+
+
+@pytest.mark.slow
+def test_weights_of_graph_attention_are_derivatives_of_predictions(gated: ad.AnnData) -> None:
+    with jax.enable_x64(True):
+        x = jax.numpy.asarray(gated.X[:90], jax.numpy.float64)
+        op = ops.AttentionGRN(tfs=np.arange(4), training=ops.GRNTraining(n_regulators=3, n_steps=2)).init(x)
+        found, there = op(x).weights, op.regulators >= 0
+        z = (x - x.mean(0)) / x.std(0)
+
+        def mean(z: jax.Array) -> jax.Array:
+            inputs = jax.numpy.where(there, z[:, op.tfs[op.regulators]], 0)
+            return _grn_gat.predicted(op.net, inputs, op.regulators, there).mean(0)
+
+        # So small that hardly a unit crosses its kink.
+        h = 1e-7
+        mean = jax.jit(mean)
+        for k in range(4):
+            expected = (mean(z.at[:, k].add(h)) - mean(z.at[:, k].add(-h))) / (2 * h)
+            np.testing.assert_allclose(found[k], expected, atol=1e-6)
+        assert (found != 0).sum() == there.sum()
+
+
+@pytest.mark.slow
+def test_graph_attention_keeps_to_a_prior(gated: ad.AnnData) -> None:
+    adata = gated.copy()
+    prior = pd.DataFrame({"tf": ["b", "c", "d"], "target": ["both", "one", "one"]})
+    sd.tl.grn(adata, prior=prior, method="gat", n_steps=2, key_added="prior")
+    table = adata.uns["prior"].astype({"tf": str, "target": str})
+    assert set(map(tuple, table[["tf", "target"]].to_numpy())) == set(map(tuple, prior.to_numpy()))
+    assert "n_regulators" not in adata.uns["prior_params"]
+    assert not adata.var["prior_r2"].isna().any()
 
 
 def test_permuted_cells_predict_nothing(cells: ad.AnnData, edges: pd.DataFrame) -> None:
@@ -264,6 +320,8 @@ def test_it_needs_factors() -> None:
         ops.GRN().init(jax.numpy.ones((20, 3)))
     with pytest.raises(ValueError, match=r"method='forest'.*'lasso'"):
         ops.GRN(tfs=np.arange(2), method="forest").init(jax.numpy.ones((20, 3)))
+    with pytest.raises(ValueError, match="needs to be trained"):
+        ops.AttentionGRN(tfs=np.arange(2))(jax.numpy.ones((20, 3)))
 
 
 def test_a_fitted_plan_is_saved_with_its_prior(cells: ad.AnnData, edges: pd.DataFrame, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from scdiffx.ops._doublet_classifier import DoubletClassifier, DoubletClassifier
 from scdiffx.ops._dynamics import Dynamics, DynamicsFit, DynamicsResult
 from scdiffx.ops._fate_probabilities import FateProbabilities, FateProbabilitiesResult
 from scdiffx.ops._grn import GRN, GRNResult
+from scdiffx.ops._grn_gat import AttentionGRN, GRNTraining
 from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._integration import IntegrationResult, IntegrationTraining
@@ -69,6 +70,7 @@ __all__ = [
     "AlignSlicesResult",
     "Archetypes",
     "ArchetypesResult",
+    "AttentionGRN",
     "CellWeights",
     "Communication",
     "CommunicationFit",
@@ -93,6 +95,7 @@ __all__ = [
     "FateProbabilities",
     "FateProbabilitiesResult",
     "GRNResult",
+    "GRNTraining",
     "Graph",
     "Harmony",
     "HarmonyResult",

@@ -82,24 +82,35 @@ class GRN:
     def init(self, x: Matrix, key: Array | None = None) -> GRN:
         if self.tfs is None:
             raise ValueError("GRN needs tfs, the columns of the transcription factors")
-        check(self.method, self.n_subsamples)
-        rng = np.random.default_rng(0 if key is None else as_seed(key))
-        held = rng.permutation(n_rows(x)) < max(1, round(_HELD_OUT * n_rows(x)))
+        _check(self.method, self.n_subsamples)
+        rng, held = held_out_cells(n_rows(x), 0 if key is None else as_seed(key))
         penalties = PENALTIES[self.method] if self.penalty is None else (float(self.penalty),)
-        best, errors = _best(_held_out(x, jnp.asarray(held), self), self, penalties)
+        best, errors = _best(held_out(x, jnp.asarray(held), self), self, penalties)
         op = replace(self, penalty=jnp.asarray(best, x.dtype), r2=1 - errors)
         return replace(op, stability=_stability(x, op, rng)) if self.n_subsamples else op
 
     def __call__(self, x: Matrix) -> GRNResult:
         assert self.tfs is not None
-        m = standardised(_sums(x, self.tfs), n_rows(x), self.tfs)
+        m = standardised(sums(x, self.tfs), n_rows(x), self.tfs)
         weights = solved(m, self)
-        square = (weights**2).sum(1, keepdims=True)
-        share = weights / jnp.sqrt(jnp.where(square > 0, square, 1)) / m.scale
-        return GRNResult(weights, matmul(x, share.T) - share @ m.mean)
+        return GRNResult(weights, active(x, weights, m))
 
 
-def check(method: str, n_subsamples: int) -> None:
+def held_out_cells(n: int, seed: int) -> tuple[np.random.Generator, Bool[np.ndarray, " cells"]]:
+    """The fifth of the cells on which predictions are judged, and the generator after the draw."""
+    rng = np.random.default_rng(seed)
+    return rng, rng.permutation(n) < max(1, round(_HELD_OUT * n))
+
+
+def active(x: Matrix, weights: Float[Array, "tfs genes"], m: Moments) -> Float[Array, "cells tfs"]:
+    """Activities of the factors."""
+    square = (weights**2).sum(1, keepdims=True)
+    # A factor without targets has the activity 0, and a norm without a derivative.
+    share = weights / jnp.sqrt(jnp.where(square > 0, square, 1)) / m.scale
+    return matmul(x, share.T) - share @ m.mean
+
+
+def _check(method: str, n_subsamples: int) -> None:
     if method not in PENALTIES:
         raise ValueError(f"method={method!r} is unknown. Available: {sorted(PENALTIES)}")
     if n_subsamples < 0 or n_subsamples % 2:
@@ -114,7 +125,7 @@ class _Sums(NamedTuple):
     cross: Float[Array, "tfs genes"]
 
 
-def _sums(x: Matrix, tfs: Array) -> _Sums:
+def sums(x: Matrix, tfs: Array) -> _Sums:
     zero = jnp.zeros((tfs.shape[0], x.shape[1]), x.dtype)
     cross = fold_rows(x, lambda total, block, _: total + block[:, tfs].T @ block, zero)
     return _Sums(column_sums(x), column_sums(x, jnp.square), cross)
@@ -173,11 +184,11 @@ class _HeldOut(NamedTuple):
 
 
 @jax.jit
-def _held_out(x: Matrix, held: Array, op: GRN) -> _HeldOut:
+def held_out(x: Matrix, held: Array, op: GRN) -> _HeldOut:
     assert op.tfs is not None
     kept, out = (scale_rows(x, side.astype(x.dtype)) for side in (~held, held))
-    m = standardised(_sums(kept, op.tfs), (~held).sum(), op.tfs)
-    s, n = _sums(out, op.tfs), held.sum()
+    m = standardised(sums(kept, op.tfs), (~held).sum(), op.tfs)
+    s, n = sums(out, op.tfs), held.sum()
     mean, at = m.mean, m.mean[op.tfs]
     cross = s.cross - jnp.outer(at, s.total) - jnp.outer(s.total[op.tfs], mean) + n * jnp.outer(at, mean)
     square = (s.square - 2 * mean * s.total + n * mean**2) / m.scale**2
@@ -214,7 +225,7 @@ def _best(h: _HeldOut, op: GRN, penalties: tuple[float, ...]) -> tuple[float, Fl
 def _stability(x: Matrix, op: GRN, rng: np.random.Generator) -> Float[Array, "tfs genes"]:
     """In which share of halves of the cells each edge has a weight (Meinshausen and Buehlmann 2010)."""
     assert op.tfs is not None
-    whole = jax.jit(_sums)(x, op.tfs)
+    whole = jax.jit(sums)(x, op.tfs)
     start, n = jax.jit(solved)(standardised(whole, n_rows(x), op.tfs), op), n_rows(x)
     chosen = jnp.zeros_like(start)
     for _ in range(op.n_subsamples // 2):
@@ -227,7 +238,7 @@ def _stability(x: Matrix, op: GRN, rng: np.random.Generator) -> Float[Array, "tf
 def _chosen(x: Matrix, half: Array, whole: _Sums, op: GRN, start: Array) -> Float[Array, "tfs genes"]:
     """Which edges have a weight among half of the cells, and among the others: 0, 1 or 2."""
     assert op.tfs is not None
-    one = _sums(scale_rows(x, half.astype(x.dtype)), op.tfs)
+    one = sums(scale_rows(x, half.astype(x.dtype)), op.tfs)
     both = ((one, half.sum()), (jax.tree.map(jnp.subtract, whole, one), (~half).sum()))
     may, penalty = allowed(op, x.shape[1]), jnp.asarray(op.penalty, x.dtype)
     crosses = [standardised(s, n, op.tfs).cross for s, n in both]

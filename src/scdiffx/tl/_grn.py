@@ -10,16 +10,16 @@ import numpy as np
 
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
-from scdiffx._log import warn
+from scdiffx._log import settings, warn
 from scdiffx._slots import Obsm, Slot, Uns, Var, X, available
 from scdiffx._steps import Plan, Step, Write, apply, public
-from scdiffx.ops._grn import check
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame, Index
 
 _FEWEST_CELLS = 10
+_METHODS = ("ridge", "lasso", "gat")
 
 
 @public
@@ -27,10 +27,12 @@ def grn(
     adata: AnnData | Plan,
     tfs: Sequence[str] | None = None,
     *,
-    method: Literal["ridge", "lasso"] = "ridge",
+    method: Literal["ridge", "lasso", "gat"] = "ridge",
     prior: DataFrame | None = None,
     penalty: float | None = None,
     n_subsamples: int = 0,
+    n_regulators: int = 10,
+    n_steps: int = 300,
     n_edges: int = 100_000,
     layer: str | None = None,
     key_added: str = "grn",
@@ -42,7 +44,8 @@ def grn(
 
     Each gene is regressed on all factors but itself, in standardised expression; the weights are signed. With a prior
     network each gene is regressed on the factors that the prior gives it. Ridge regression gives every edge a weight;
-    the lasso gives most none.
+    the lasso gives most none. ``method="gat"`` is experimental: graph attention from factors to genes. On simulated
+    counts it predicts held-out genes a little better than regression, and finds their factors less well.
 
     Parameters
     ----------
@@ -53,17 +56,22 @@ def grn(
         default the factors of the `prior`. Nothing is downloaded: lists are at https://humantfs.ccbr.utoronto.ca.
     method
         "ridge" minimises ``|z - Z w|^2 / n + penalty |w|^2``, "lasso" ``|z - Z w|^2 / (2 n) + penalty |w|_1``, as
-        scikit-learn's `Lasso` does.
+        scikit-learn's `Lasso` does. "gat" trains graph attention (GATv2) from factors to genes, and a weight is the
+        derivative of the predicted gene in the factor, averaged over the cells.
     prior
         A network of possible edges: a table with columns "tf" (or "source") and "target", such as DoRothEA's. Edges
         between genes that are not here do not count.
     penalty
         Of the squared weights, per cell; of the absolute weights for the lasso, where 1 leaves none. By default that of
         eleven from 1e-4 to 10, for the lasso of thirteen from 1 down to 1e-4 (or to where two in a row predict worse),
-        with which a random fifth of the cells is predicted best from the others.
+        with which a random fifth of the cells is predicted best from the others. Not of "gat".
     n_subsamples
         Halves of the cells, an even number such as 50, in which the lasso is repeated at its penalty, to see which
         edges it always chooses.
+    n_regulators
+        For "gat" without a prior: so many factors of largest ridge weight are tried for each gene.
+    n_steps
+        For "gat": steps of training, on 64 cells each.
     n_edges
         So many edges of largest absolute weight are in the table.
     layer
@@ -87,10 +95,11 @@ def grn(
         Activity of each factor: standardised expression of its targets, weighted by its weights, whose norm is 1.
     `adata.var["grn_r2" | f"{key_added}_r2"]` : float32 (genes,)
         Share of the variance that is predicted in held-out cells, below 0 where the mean would predict better. Edges
-        to genes with little of it are guesses.
+        to genes with little of it are guesses. For "gat" the same cells choose when training stops, and
+        `adata.var["grn_r2_linear" | f"{key_added}_r2_linear"]` is what ridge regression predicts in them.
     `adata.uns["grn_params" | f"{key_added}_params"]` : dict
-        `tfs` (the columns of the activity), `method`, `penalty`, `n_subsamples`, `random_state`, and whether a `prior`
-        was given.
+        `tfs` (the columns of the activity), `method`, `penalty` (not of "gat"), `random_state`, whether a `prior` was
+    given, and the settings.
 
     Raises
     ------
@@ -98,7 +107,7 @@ def grn(
         If the layer or the columns of the prior do not exist, or no factor or no edge of the prior is among the genes.
     ValueError
         If neither factors nor a prior is given, the method is unknown, a number is out of range, `n_subsamples` is
-        given for ridge regression, there are fewer than ten cells, or values are not finite.
+        given without the lasso or a penalty with "gat", there are fewer than ten cells, or values are not finite.
 
     Notes
     -----
@@ -107,13 +116,15 @@ def grn(
     than that of random forests (GENIE3), but for logarithms of noisy normalised counts: there genes respond on a linear
     scale. On dendritic cells against ChIP-seq it is, as all methods there, near random.
 
-    In a plan, the activity is differentiable in expression and in the penalty. `ops.GRN` has the weights, too.
+    In a plan, the activity is differentiable in expression, and in the penalty or the weights of the network. `ops.GRN`
+    and `ops.AttentionGRN` have the weights of the edges, too.
 
     References
     ----------
     Huynh-Thu et al. (2010), Inferring regulatory networks from expression data using tree-based methods (one regression
     a gene). Hoerl and Kennard (1970), Ridge regression. Badia-i-Mompel et al. (2022), decoupleR (activities as weighted
-    means of targets).
+        means of targets). Tibshirani (1996), Regression shrinkage and selection via the lasso. Meinshausen and Buehlmann
+    (2010), Stability selection. Brody, Alon and Yahav (2022), How attentive are graph attention networks? (GATv2).
 
     Examples
     --------
@@ -124,11 +135,10 @@ def grn(
     >>> adata.obsm["tf_activity"].shape, adata.uns["grn"].columns.tolist()
     ((700, 2), ['tf', 'target', 'weight', 'sign'])
     """
-    if penalty is not None and not penalty > 0:
-        raise ValueError(f"penalty={penalty!r} must be None or greater than 0")
-    check(method, n_subsamples)
-    if n_edges < 1:
-        raise ValueError(f"n_edges={n_edges!r} must be at least 1")
+    _check(method, penalty, n_subsamples)
+    for name, number in {"n_edges": n_edges, "n_regulators": n_regulators, "n_steps": n_steps}.items():
+        if number < 1:
+            raise ValueError(f"{name}={number!r} must be at least 1")
     data = adata.adata if isinstance(adata, Plan) else adata
     if not data.n_vars:
         raise ValueError("`adata` has no genes")
@@ -142,40 +152,55 @@ def grn(
     params = {
         "tfs": np.asarray(names, object),
         "method": method,
-        "n_subsamples": n_subsamples,
         "random_state": seed,
         "prior": prior is not None,
     }
+    buffers: dict[str, Any] = {"tfs": jnp.asarray(at, jnp.int32), "regulators": regulators}
+    if method == "gat":
+        params |= {"n_steps": n_steps} | ({"n_regulators": n_regulators} if prior is None else {})
+        training = ops.GRNTraining(n_regulators=n_regulators, n_steps=n_steps, progress=settings.verbosity >= 2)
+        op: ops.GRN | ops.AttentionGRN = ops.AttentionGRN(training=training, **buffers)
+    else:
+        params |= {"n_subsamples": n_subsamples}
+        op = ops.GRN(penalty=penalty, method=method, n_subsamples=n_subsamples, **buffers)
 
-    def notes(op: ops.GRN, result: ops.GRNResult, args: Any) -> Mapping[Slot, Any]:
-        table = _table(np.asarray(result.weights), op.stability, names, genes, n_edges)
-        entry = params | {"penalty": float(op.penalty)}  # type: ignore[arg-type]
-        return {Uns(key_added): table, Uns(f"{key_added}_params"): entry}
+    def notes(op: Any, result: ops.GRNResult, args: Any) -> Mapping[Slot, Any]:
+        chosen = {} if method == "gat" else {"penalty": float(op.penalty)}
+        stability = None if method == "gat" else op.stability
+        table = _table(np.asarray(result.weights), stability, names, genes, n_edges)
+        return {Uns(key_added): table, Uns(f"{key_added}_params"): params | chosen}
 
+    activity = Obsm("tf_activity" if key_added == "grn" else f"{key_added}_activity")
+    writes = [
+        Write(activity, lambda op, result: result.activity, np.float32),
+        Write(Var(f"{key_added}_r2"), lambda op, result: op.r2, np.float32),
+    ]
+    if method == "gat":
+        writes.append(Write(Var(f"{key_added}_r2_linear"), lambda op, result: op.r2_linear, np.float32))
     step = Step(
         "grn",
-        ops.GRN(
-            penalty=penalty,
-            tfs=jnp.asarray(at, jnp.int32),
-            regulators=regulators,
-            method=method,
-            n_subsamples=n_subsamples,
-        ),
+        op,
         reads=(X(layer),),
-        writes=(
-            Write(
-                Obsm("tf_activity" if key_added == "grn" else f"{key_added}_activity"),
-                lambda op, result: result.activity,
-                np.float32,
-            ),
-            Write(Var(f"{key_added}_r2"), lambda op, result: op.r2, np.float32),
-        ),
-        message="regressing genes on transcription factors",
+        writes=tuple(writes),
+        message=f"predicting genes from transcription factors ({method})",
         notes=notes,
         precise=True,
         rng=seed,
     )
     return apply(adata, step, copy=copy)
+
+
+def _check(method: str, penalty: float | None, n_subsamples: int) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r} is unknown. Available: {_METHODS}")
+    if penalty is not None and not penalty > 0:
+        raise ValueError(f"penalty={penalty!r} must be None or greater than 0")
+    if penalty is not None and method == "gat":
+        raise ValueError(f"penalty={penalty!r} is for method='ridge' and 'lasso': graph attention has none")
+    if n_subsamples and method != "lasso":
+        raise ValueError(f"n_subsamples={n_subsamples!r} needs method='lasso', which chooses edges")
+    if n_subsamples < 0 or n_subsamples % 2:
+        raise ValueError(f"n_subsamples={n_subsamples!r} must be even and at least 0: halves come in pairs")
 
 
 def _network(

@@ -99,7 +99,7 @@ def grn(
         `adata.var["grn_r2_linear" | f"{key_added}_r2_linear"]` is what ridge regression predicts in them.
     `adata.uns["grn_params" | f"{key_added}_params"]` : dict
         `tfs` (the columns of the activity), `method`, `penalty` (not of "gat"), `random_state`, whether a `prior` was
-    given, and the settings.
+        given, and the settings.
 
     Raises
     ------
@@ -123,7 +123,7 @@ def grn(
     ----------
     Huynh-Thu et al. (2010), Inferring regulatory networks from expression data using tree-based methods (one regression
     a gene). Hoerl and Kennard (1970), Ridge regression. Badia-i-Mompel et al. (2022), decoupleR (activities as weighted
-        means of targets). Tibshirani (1996), Regression shrinkage and selection via the lasso. Meinshausen and Buehlmann
+    means of targets). Tibshirani (1996), Regression shrinkage and selection via the lasso. Meinshausen and Buehlmann
     (2010), Stability selection. Brody, Alon and Yahav (2022), How attentive are graph attention networks? (GATv2).
 
     Examples

@@ -17,7 +17,23 @@ from scdiffx._core.fields import replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
-from scdiffx._slots import Obs, Obsm, Part, Slot, Uns, Var, X, available, is_anndata, write_all
+from scdiffx._slots import (
+    Cells,
+    Obs,
+    Obsm,
+    Part,
+    Slot,
+    Uns,
+    Var,
+    X,
+    available,
+    is_anndata,
+    is_mudata,
+    is_spatialdata,
+    table_of,
+    with_table,
+    write_all,
+)
 
 __all__ = [
     "Plan",
@@ -255,7 +271,7 @@ def apply(target: Any, step: Step, *, copy: bool = False) -> Any:
 
 
 def public(function: F) -> F:
-    """Make a function take an AnnData or a Plan: check which it got, and record the call on a plan."""
+    """Make a function take an AnnData, what holds one, or a Plan: check which it got, and record the call on a plan."""
     signature = inspect.signature(function)
     name = f"{function.__module__.split('.')[1]}.{function.__name__}"
 
@@ -266,11 +282,11 @@ def public(function: F) -> F:
             given = signature.bind(adata, *args, **kwargs).arguments
             if given.get("copy"):
                 raise ValueError("copy=True has no meaning on a plan: use `fitted.apply(adata, copy=True)`")
+            _check_no_table(kwargs)
             result = function(adata, *args, **kwargs)
             adata.calls.append((name, dict(list(given.items())[1:])))
             return result
-        _check_kind(adata)
-        return function(adata, *args, **kwargs)
+        return _run(function, adata, args, kwargs)
 
     _public[name] = wrapper
     return wrapper  # type: ignore[return-value]
@@ -282,16 +298,49 @@ def analysis(function: F) -> F:
     @functools.wraps(function)
     def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
         ensure_cache()
-        if not isinstance(adata, Plan):
-            _check_kind(adata)
-        return function(adata, *args, **kwargs)
+        return function(adata, *args, **kwargs) if isinstance(adata, Plan) else _run(function, adata, args, kwargs)
 
     return wrapper  # type: ignore[return-value]
 
 
-def _check_kind(adata: Any) -> None:
-    if not is_anndata(adata):
-        raise TypeError(f"`adata` must be an AnnData or a scdiffx plan, got {type(adata).__name__}")
+def _run(function: Callable[..., Any], data: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function on an AnnData, on the cells of a MuData, or on a table of a SpatialData."""
+    if is_mudata(data):
+        _check_no_table(kwargs)
+        result = function(Cells(data, function.__name__), *args, **kwargs)
+        return result.mdata if isinstance(result, Cells) else result
+    if is_spatialdata(data):
+        return _run_on_table(function, data, args, kwargs)
+    if not (is_anndata(data) or isinstance(data, Cells)):
+        raise TypeError(
+            f"`adata` must be an AnnData or a scdiffx plan, got {type(data).__name__} (a MuData or a SpatialData will "
+            "do too)"
+        )
+    _check_no_table(kwargs)
+    return function(data, *args, **kwargs)
+
+
+def _run_on_table(function: Callable[..., Any], sdata: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function on a table of a SpatialData; a copy is a SpatialData again."""
+    takes_key = "table_key" in inspect.signature(function).parameters
+    name, table = table_of(sdata, kwargs.get("table_key") if takes_key else None)
+    rest = {key: value for key, value in kwargs.items() if not (takes_key and key == "table_key")}
+    try:
+        result = function(table, *args, **rest)
+    except KeyError as error:
+        place = kwargs.get("spatial_key", "spatial")
+        if takes_key and place not in table.obsm:
+            error.add_note(
+                f"Of a SpatialData coordinates are read from `sdata.tables[{name!r}].obsm[{place!r}]`, and never from "
+                "its shapes: put the centres of the cells there (`spatialdata.get_centroids`), in the table's order."
+            )
+        raise
+    return with_table(sdata, name, result) if kwargs.get("copy") else result
+
+
+def _check_no_table(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("table_key") is not None:
+        raise ValueError(f"table_key={kwargs['table_key']!r} names a table of a SpatialData; this has no tables")
 
 
 _public: dict[str, Callable[..., Any]] = {}

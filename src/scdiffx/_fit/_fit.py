@@ -32,10 +32,14 @@ def plan(adata: Any) -> Plan:
     Parameters
     ----------
     adata
-        The AnnData that the plan will read; it is not changed until `Fitted.apply`.
+        The AnnData that the plan will read; it is not changed until `Fitted.apply`. Not a MuData or a SpatialData: a
+        fit is tied to the genes of one matrix. Pass a modality or a table, or for what concerns all modalities
+        ``AnnData(obs=mdata.obs, obsm={"X_joint": mdata.obsm["X_joint"]})``.
     """
     if not is_anndata(adata):
-        raise TypeError(f"`adata` must be an AnnData, got {type(adata).__name__}")
+        hint = "pass one of its modalities, or an AnnData with the `obs` and `obsm` that the plan reads"
+        hints = {"MuData": f": {hint}", "SpatialData": ": pass one of its tables, `sdata.tables[...]`"}
+        raise TypeError(f"`adata` must be an AnnData, got {type(adata).__name__}{hints.get(type(adata).__name__, '')}")
     return Plan(adata)
 
 

@@ -19,6 +19,7 @@ from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
 from scdiffx._slots import (
+    Cells,
     Obs,
     Obsm,
     Part,
@@ -29,7 +30,11 @@ from scdiffx._slots import (
     available,
     check_history,
     is_anndata,
+    is_mudata,
+    is_spatialdata,
     record,
+    table_of,
+    with_table,
     write_all,
     written,
 )
@@ -295,9 +300,10 @@ def apply(target: Any, step: Step, *, copy: bool = False) -> Any:
 
 
 def public(function: F) -> F:
-    """Make a function take an AnnData or a Plan: check which it got, and record the call on a plan."""
+    """Make a function take an AnnData, what holds one, or a Plan: check which it got, and record the call on a plan."""
     signature = inspect.signature(function)
     name = _name(function)
+    called = _remembered(function)
 
     @functools.wraps(function)
     def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
@@ -306,14 +312,11 @@ def public(function: F) -> F:
             given = signature.bind(adata, *args, **kwargs).arguments
             if given.get("copy"):
                 raise ValueError("copy=True has no meaning on a plan: use `fitted.apply(adata, copy=True)`")
+            _check_no_table(kwargs)
             result = function(adata, *args, **kwargs)
             adata.calls.append((name, dict(list(given.items())[1:])))
             return result
-        _check_kind(adata)
-        check_history(adata)
-        result = function(adata, *args, **kwargs)
-        _enter(name, signature.bind(adata, *args, **kwargs), adata, result)
-        return result
+        return _run(called, adata, args, kwargs)
 
     _public[name] = wrapper
     return wrapper  # type: ignore[return-value]
@@ -321,24 +324,32 @@ def public(function: F) -> F:
 
 def analysis(function: F) -> F:
     """Make a function that looks at an AnnData or a plan check which it got; it is no step of the plan."""
-    signature, name = inspect.signature(function), _name(function)
+    called = _remembered(function)
 
     @functools.wraps(function)
     def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
         ensure_cache()
-        if isinstance(adata, Plan):
-            return function(adata, *args, **kwargs)
-        _check_kind(adata)
-        check_history(adata)
-        result = function(adata, *args, **kwargs)
-        _enter(name, signature.bind(adata, *args, **kwargs), adata, result)
-        return result
+        return function(adata, *args, **kwargs) if isinstance(adata, Plan) else _run(called, adata, args, kwargs)
 
     return wrapper  # type: ignore[return-value]
 
 
 def _name(function: Callable[..., Any]) -> str:
     return f"{function.__module__.split('.')[1]}.{function.__name__}"
+
+
+def _remembered(function: F) -> F:
+    """The function, which enters its calls in the history of what it wrote to."""
+    signature, name = inspect.signature(function), _name(function)
+
+    @functools.wraps(function)
+    def called(data: Any, *args: Any, **kwargs: Any) -> Any:
+        check_history(data)
+        result = function(data, *args, **kwargs)
+        _enter(name, signature.bind(data, *args, **kwargs), data, result)
+        return result
+
+    return called  # type: ignore[return-value]
 
 
 def _enter(name: str, call: inspect.BoundArguments, adata: Any, result: Any) -> None:
@@ -350,9 +361,44 @@ def _enter(name: str, call: inspect.BoundArguments, adata: Any, result: Any) -> 
         record(result if arguments.pop("copy") else adata, [(name, arguments)])
 
 
-def _check_kind(adata: Any) -> None:
-    if not is_anndata(adata):
-        raise TypeError(f"`adata` must be an AnnData or a scdiffx plan, got {type(adata).__name__}")
+def _run(function: Callable[..., Any], data: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function on an AnnData, on the cells of a MuData, or on a table of a SpatialData."""
+    if is_mudata(data):
+        _check_no_table(kwargs)
+        result = function(Cells(data, function.__name__), *args, **kwargs)
+        return result.mdata if isinstance(result, Cells) else result
+    if is_spatialdata(data):
+        return _run_on_table(function, data, args, kwargs)
+    if not (is_anndata(data) or isinstance(data, Cells)):
+        raise TypeError(
+            f"`adata` must be an AnnData or a scdiffx plan, got {type(data).__name__} (a MuData or a SpatialData will "
+            "do too)"
+        )
+    _check_no_table(kwargs)
+    return function(data, *args, **kwargs)
+
+
+def _run_on_table(function: Callable[..., Any], sdata: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function on a table of a SpatialData; a copy is a SpatialData again."""
+    takes_key = "table_key" in inspect.signature(function).parameters
+    name, table = table_of(sdata, kwargs.get("table_key") if takes_key else None)
+    rest = {key: value for key, value in kwargs.items() if not (takes_key and key == "table_key")}
+    try:
+        result = function(table, *args, **rest)
+    except KeyError as error:
+        place = kwargs.get("spatial_key", "spatial")
+        if takes_key and place not in table.obsm:
+            error.add_note(
+                f"Of a SpatialData coordinates are read from `sdata.tables[{name!r}].obsm[{place!r}]`, and never from "
+                "its shapes: put the centres of the cells there (`spatialdata.get_centroids`), in the table's order."
+            )
+        raise
+    return with_table(sdata, name, result) if kwargs.get("copy") else result
+
+
+def _check_no_table(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("table_key") is not None:
+        raise ValueError(f"table_key={kwargs['table_key']!r} names a table of a SpatialData; this has no tables")
 
 
 _public: dict[str, Callable[..., Any]] = {}

@@ -20,7 +20,9 @@ def plan(adata: Any) -> Plan:
     Parameters
     ----------
     adata
-        The AnnData that the plan will read; it is not changed until `Fitted.apply`.
+        The AnnData that the plan will read; it is not changed until `Fitted.apply`. Not a MuData or a SpatialData: a
+        fit is tied to the genes of one matrix. Pass a modality or a table, or for what concerns all modalities
+        ``AnnData(obs=mdata.obs, obsm={"X_joint": mdata.obsm["X_joint"]})``.
 
     Returns
     -------
@@ -97,7 +99,10 @@ plan.from_history = from_history  # type: ignore[attr-defined]
 
 def _check(adata: Any, argument: str) -> None:
     if not is_anndata(adata):
-        raise TypeError(f"`{argument}` must be an AnnData, got {type(adata).__name__}")
+        hint = "pass one of its modalities, or an AnnData with the `obs` and `obsm` that the plan reads"
+        hints = {"MuData": f": {hint}", "SpatialData": ": pass one of its tables, `sdata.tables[...]`"}
+        kind = type(adata).__name__
+        raise TypeError(f"`{argument}` must be an AnnData, got {kind}{hints.get(kind, '')}")
 
 
 def _add(built: Plan, number: int, name: str, arguments: dict[str, Any]) -> None:

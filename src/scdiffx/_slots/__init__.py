@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx._log import warn
+from scdiffx._slots._containers import Cells, is_mudata, is_spatialdata, table_of, with_table
 from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Part, Single, Weights
 from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
 from scdiffx._slots._history import check_history, history_of, left_out, record, restored, tabulated, written
@@ -27,6 +28,7 @@ from scdiffx._slots._matrix import (
 from scdiffx._slots._places import Obs, Obsm, Uns, Var, Varm, X
 
 __all__ = [
+    "Cells",
     "Connectivities",
     "Cosines",
     "Decoded",
@@ -56,13 +58,17 @@ __all__ = [
     "genes_at",
     "history_of",
     "is_anndata",
+    "is_mudata",
+    "is_spatialdata",
     "left_out",
     "matrix_of",
     "preset",
     "record",
     "restored",
+    "table_of",
     "tabulated",
     "warn_if_not_counts",
+    "with_table",
     "write_all",
     "written",
 ]
@@ -72,9 +78,10 @@ Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines
 
 def write_all(adata: Any, values: Mapping[Any, Any]) -> None:
     """Write host values together. A view becomes an actual AnnData first, as in scanpy; its parent stays as it was."""
-    if adata.is_view:
-        warn("Received a view of an AnnData. Making a copy.")
-        adata._init_as_actual(adata.copy())
+    held = adata.mdata if isinstance(adata, Cells) else adata
+    if held.is_view:
+        warn(f"Received a view of {'a MuData' if isinstance(adata, Cells) else 'an AnnData'}. Making a copy.")
+        held._init_as_actual(held.copy())
     for slot, value in values.items():
         slot.write(adata, _writable(value))
 

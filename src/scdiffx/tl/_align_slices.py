@@ -16,6 +16,7 @@ from scdiffx._steps import Plan, Step, Write, apply, public
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 # Entries of a coupling below this share of the largest of their row are not written.
 _LEAST = 1e-4
@@ -24,7 +25,7 @@ _KEPT = ("rotation", "shift", "objective", "steps", "error")
 
 @public
 def align_slices(
-    adata: AnnData | Plan,
+    adata: AnnData | SpatialData | Plan,
     batch_key: str,
     *,
     reference: str | None = None,
@@ -38,7 +39,8 @@ def align_slices(
     max_iter: int = 500,
     key_added: str = "align_slices",
     copy: bool = False,
-) -> AnnData | None:
+    table_key: str | None = None,
+) -> AnnData | SpatialData | None:
     """Bring slices of tissue into one coordinate system by their expression and geometry.
 
     PASTE's pairwise alignment: a fused Gromov-Wasserstein coupling of each slice with the next, or of a reference with
@@ -77,7 +79,10 @@ def align_slices(
     key_added
         Key in `uns`; other than the default, coordinates are in ``obsm[f"{key_added}_aligned"]``.
     copy
-        Return a copy instead of writing to `adata`.
+        Return a copy instead of writing to `adata`: of a SpatialData, one that shares everything but the table.
+    table_key
+        Name of the table where `adata` is a SpatialData, which needs it if it has several. Coordinates are those of the
+        table's `obsm`, not of shapes.
 
     Returns
     -------

@@ -17,6 +17,7 @@ from scdiffx.tl._ligrec_input import columns_of, neighbour_slot, pairs_of
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
+    from spatialdata import SpatialData
 
 _METHODS = ("linear", "gat")
 _MODELS = ("own", "types", "linear", "gat")
@@ -24,7 +25,7 @@ _MODELS = ("own", "types", "linear", "gat")
 
 @public
 def communication(
-    adata: AnnData | Plan,
+    adata: AnnData | SpatialData | Plan,
     interactions: Any,
     *,
     groupby: str | None = None,
@@ -40,7 +41,8 @@ def communication(
     key_added: str = "communication",
     copy: bool = False,
     rng: Any = None,
-) -> AnnData | None:
+    table_key: str | None = None,
+) -> AnnData | SpatialData | None:
     """Find which ligands of their neighbours change the expression of cells that bear the receptor.
 
     Where `tl.ligrec` asks who expresses both sides, this asks for a response. The signal of a pair is a cell's receptor
@@ -82,7 +84,10 @@ def communication(
     key_added
         Name of the results.
     copy
-        Return a copy instead of writing to `adata`.
+        Return a copy instead of writing to `adata`: of a SpatialData, one that shares everything but the table.
+    table_key
+        Name of the table where `adata` is a SpatialData, which needs it if it has several. Coordinates are those of the
+        table's `obsm`, not of shapes.
 
     Returns
     -------

@@ -16,11 +16,12 @@ from scdiffx.tl._ligrec_input import columns_of, neighbour_slot, pairs_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 
 @public
 def ligrec(
-    adata: AnnData | Plan,
+    adata: AnnData | SpatialData | Plan,
     cluster_key: str,
     interactions: Any,
     *,
@@ -35,7 +36,8 @@ def ligrec(
     key_added: str = "ligrec",
     copy: bool = False,
     rng: Any = None,
-) -> AnnData | None:
+    table_key: str | None = None,
+) -> AnnData | SpatialData | None:
     """Test which ligands and receptors pairs of cell groups express together, among all cells or among neighbours.
 
     CellPhoneDB's permutation test: the mean of a ligand in a sending group and of its receptor in a receiving group,
@@ -76,7 +78,10 @@ def ligrec(
     key_added
         Name of the results.
     copy
-        Return a copy instead of writing to `adata`.
+        Return a copy instead of writing to `adata`: of a SpatialData, one that shares everything but the table.
+    table_key
+        Name of the table where `adata` is a SpatialData, which needs it if it has several. Coordinates are those of the
+        table's `obsm`, not of shapes.
 
     Returns
     -------

@@ -15,14 +15,15 @@ from scdiffx.tl._ot_trajectory import representation
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 _METHODS = ("smooth", "gat")
 _OF_METHOD = {"smooth": ("hops", "gradient"), "gat": ("prune", "max_steps")}
 
 
 @public
-def spatial_domains(
-    adata: AnnData | Plan,
+def spatial_domains(  # noqa: PLR0913  # `public` reads `table_key`
+    adata: AnnData | SpatialData | Plan,
     n_domains: int | None = None,
     *,
     method: str = "smooth",
@@ -43,7 +44,8 @@ def spatial_domains(
     key_added: str = "spatial_domain",
     copy: bool = False,
     rng: Any = None,
-) -> AnnData | None:
+    table_key: str | None = None,
+) -> AnnData | SpatialData | None:
     """Divide a tissue into domains of like expression.
 
     Each cell's representation is averaged over its neighbourhood in space, and a Gaussian mixture with one covariance
@@ -100,7 +102,10 @@ def spatial_domains(
     key_added
         Name of the results.
     copy
-        Return a copy instead of writing to `adata`.
+        Return a copy instead of writing to `adata`: of a SpatialData, one that shares everything but the table.
+    table_key
+        Name of the table where `adata` is a SpatialData, which needs it if it has several. Coordinates are those of the
+        table's `obsm`, not of shapes.
 
     Returns
     -------

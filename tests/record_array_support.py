@@ -25,9 +25,10 @@ compares the two. A row is a function with the operator that it runs; some run o
 - **csr, csc, dense**: which matrices it reads from `X` or a layer, with the same results: SciPy's matrices and arrays,
   NumPy's in either order; integers, float32 and float64. A dash: it reads no matrix of genes but an embedding, a
   graph, or what functions before it wrote. (`tl.ot_trajectory` reads one where `growth` names genes.)
-- **dask**: refused with a `TypeError` that says to load the data (`adata.to_memory()`); so are backed AnnData, with a
-  `ValueError`. Nothing is loaded or made dense behind your back. Of dense results, `scale` warns when it centres a
-  sparse matrix, as scanpy does.
+- **dask**: *lazy*: the result is a dask array again; *streamed*: read in passes over blocks of cells, as AnnData in
+  files are; *in part*: so for some arguments, such as `genes` of `pp.magic`; *refused* with a `TypeError` that says to
+  load the data (`adata.to_memory()`). Nothing is loaded or made dense behind your back. Of dense results, `scale` warns
+  when it centres a sparse matrix, as scanpy does.
 - **in a plan**: whether it can be a step of `sd.plan`, and so of a fit.
 - **input**: whether its results are differentiable in its floating inputs (matrix, embedding or graph), the discrete
   structure held. Compared with finite differences in `tests/test_contract.py`.
@@ -58,9 +59,18 @@ def operators(case: Any, bindings: Any) -> list[Any]:
     return [step.op for step in plan.steps]
 
 
-def row(function: str, op: Any, matrix: bool, contract: Any) -> str:
-    """One line of the table; `op` is None for a function that is no step."""
-    formats = ["yes", "yes", "yes", "refused"] if matrix else ["-"] * 4
+def out_of_memory(function: str, bindings: Any) -> str:
+    """What becomes of a matrix that is not in memory."""
+    names = [case.name for case in bindings.OF_MATRIX if case.function == function]
+    if any(name in bindings.REWRITTEN for name in names):
+        return "lazy"
+    streamed = [name in bindings.STREAMED for name in names]
+    return "refused" if not any(streamed) else "streamed" if all(streamed) else "in part"
+
+
+def row(function: str, op: Any, dask: str | None, contract: Any) -> str:
+    """One line of the table; `op` is None for a function that is no step, `dask` for one that reads no matrix."""
+    formats = ["yes", "yes", "yes", dask] if dask else ["-"] * 4
     if op is None:
         return " | ".join([f"`{function}`", "-", *formats, "no", "-", "-", "-"])
     cases = [case for case in contract.CASES if type(case.op()) is type(op)]
@@ -79,8 +89,9 @@ def rows(cases: Iterable[Any], bindings: Any, contract: Any) -> list[str]:
     for case in cases:
         parameters = inspect.signature(bindings.function_named(case.function)).parameters
         matrix = case.function in LAYERS or "layer" in parameters
+        dask = out_of_memory(case.function, bindings) if matrix else None
         for op in operators(case, bindings) or [None]:
-            found.setdefault((case.function, type(op).__name__), f"| {row(case.function, op, matrix, contract)} |")
+            found.setdefault((case.function, type(op).__name__), f"| {row(case.function, op, dask, contract)} |")
     return list(found.values())
 
 

@@ -54,8 +54,8 @@ class AttentionGRN:
     linear function. So what a factor does to a gene may depend on its own level and on the others'.
 
     Attention is not effect: `weights` are derivatives of the predicted gene in each factor, averaged over the cells, in
-    standard deviations, and have a sign. It finds the edges of simulated networks less well than :class:`GRN`, though
-    it may predict genes better.
+    standard deviations, and have a sign. In simulated cells they find the edges less well than :class:`GRN` does, but
+    on logarithms of counts often better.
 
     `tfs` are the columns of the factors. `regulators` (genes, most), the positions among them of each gene's factors
     (-1 for none), are a prior network's, or `init` takes those of the largest weights in ridge regression. `init`

@@ -189,6 +189,9 @@ def test_controls_stand_beside_the_fit(data):
         sd.grid(plan, LABELS, {"umap.min_dist": [0.1]}, progress=False)
     with pytest.raises(ValueError, match="unexpected keyword"):
         sd.grid(plan, LABELS, {"pca.nope": [1]}, progress=False)
+    plan.add(plan.steps[0])
+    with pytest.raises(ValueError, match=r"no recorded call makes, \['normalize_total_2'\]"):
+        sd.grid(plan, LABELS, {"pca.n_comps": [2]}, progress=False)
 
 
 def test_predictor_of_numbers_is_a_nearest_neighbour_mean(data):

@@ -87,7 +87,7 @@ def grid(
     Raises
     ------
     ValueError
-        If a name in `values` is no call of the plan, or a setting cannot be run.
+        If a name in `values` is no call of the plan, a setting cannot be run, or a step was added to the plan by hand.
 
     Examples
     --------
@@ -105,6 +105,11 @@ def grid(
 
     ensure_cache()
     check_arguments(plan, loss, budget=budget)
+    recorded = [step.name for step in replay(plan.calls, plan.adata).steps]
+    if unknown := [step.name for step in plan.steps if step.name not in recorded]:
+        raise ValueError(
+            f"the plan has steps that no recorded call makes, {unknown}: a grid makes the calls anew, and cannot run them"
+        )
     places = {name: _place(plan, name) for name in values}
     seed = as_seed(rng)
     split = three_ways(plan.adata, loss, holdout, test, seed)

@@ -98,8 +98,8 @@ def grn(
         to genes with little of it are guesses. For "gat" the same cells choose when training stops, and
         `adata.var["grn_r2_linear" | f"{key_added}_r2_linear"]` is what ridge regression predicts in them.
     `adata.uns["grn_params" | f"{key_added}_params"]` : dict
-        `tfs` (the columns of the activity), `method`, `penalty` (not of "gat"), `random_state`, whether a `prior` was
-        given, and the settings.
+        `tfs` (the columns of the activity), `method`, `penalty` and `n_subsamples` (not of "gat"), `n_steps` and
+        `n_regulators` (of "gat"), `random_state`, and whether a `prior` was given.
 
     Raises
     ------

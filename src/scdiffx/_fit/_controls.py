@@ -108,7 +108,8 @@ def grid(
     recorded = [step.name for step in replay(plan.calls, plan.adata).steps]
     if unknown := [step.name for step in plan.steps if step.name not in recorded]:
         raise ValueError(
-            f"the plan has steps that no recorded call makes, {unknown}: a grid makes the calls anew, and cannot run them"
+            f"the plan has steps that no recorded call makes, {unknown}: a grid makes the calls anew, and cannot run "
+            "them"
         )
     places = {name: _place(plan, name) for name in values}
     seed = as_seed(rng)

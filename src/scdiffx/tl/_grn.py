@@ -95,8 +95,9 @@ def grn(
         Activity of each factor: standardised expression of its targets, weighted by its weights, whose norm is 1.
     `adata.var["grn_r2" | f"{key_added}_r2"]` : float32 (genes,)
         Share of the variance that is predicted in held-out cells, below 0 where the mean would predict better. Edges
-        to genes with little of it are guesses. For "gat" the same cells choose when training stops, and
-        `adata.var["grn_r2_linear" | f"{key_added}_r2_linear"]` is what ridge regression predicts in them.
+        to genes with little of it are guesses. With "gat" the same cells choose when training stops.
+    `adata.var["grn_r2_linear" | f"{key_added}_r2_linear"]` : float32 (genes,)
+        With "gat" only: the share that ridge regression predicts in the same cells.
     `adata.uns["grn_params" | f"{key_added}_params"]` : dict
         `tfs` (the columns of the activity), `method`, `penalty` and `n_subsamples` (not of "gat"), `n_steps` and
         `n_regulators` (of "gat"), `random_state`, and whether a `prior` was given.

@@ -176,3 +176,8 @@ def test_histories_that_are_none(adata: ad.AnnData) -> None:
     with pytest.raises(ValueError, match=r"uns\['scdiffx'\]` is a str"):
         sd.pp.pca(adata)
     assert not changed(before, contents(adata))
+
+
+def test_an_anndata_among_the_arguments_is_named_and_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ad.AnnData, "__getitem__", lambda *_: pytest.fail("looked into"))
+    assert written(ad.AnnData(np.ones((3, 2), np.float32))) == {"left out": "AnnData of shape (3, 2)"}

@@ -80,7 +80,8 @@ def written(value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: written(part) for key, part in value.items()}
     try:
-        if isinstance(value, jax.Array) or np.size(value) > LARGEST:
+        # An AnnData has no size, and NumPy would make an array of its cells, one by one.
+        if getattr(value, "size", LARGEST + 1) > LARGEST or isinstance(value, jax.Array):
             raise TypeError
         plain = tabulated(value)
         json.dumps(plain)

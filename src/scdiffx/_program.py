@@ -15,7 +15,7 @@ from scdiffx._core.fields import learnables, replace, structural
 from scdiffx._slots import Part, Slot
 from scdiffx._steps import Plan, Step, _cast, restructured
 
-__all__ = ["Program", "parameter_names", "select"]
+__all__ = ["Program", "parameter_names", "select", "sources"]
 
 Params = dict[str, Any]
 
@@ -184,7 +184,7 @@ class Program:
         for i in self.active:
             step = self.plan.steps[i]
             settle = getattr(ops[i], "settled", None)
-            if settle is not None and not moving & set(_sources(step)):
+            if settle is not None and not moving & set(sources(step)):
                 ops[i] = settle(*(read_value(slot, self.frozen) for slot in step.reads))
             moving |= {w.slot for w in step.writes}
         return ops
@@ -231,7 +231,8 @@ def read_value(slot: Slot | None, values: Mapping[Slot, Any]) -> Any:
     return slot.take(read_value(slot.of, values)) if isinstance(slot, Part) else values[slot]
 
 
-def _sources(step: Step) -> list[Slot]:
+def sources(step: Step) -> list[Slot]:
+    """The slots that a step reads, whole ones in place of their parts."""
     return [slot.of if isinstance(slot, Part) else slot for slot in step.reads if slot is not None]
 
 
@@ -252,7 +253,7 @@ def _touched(plan: Plan, first: int, moving: set[Slot], owners: set[str]) -> tup
     touched = []
     for i, step in enumerate(plan.steps[first:], start=first):
         written = {w.slot for w in step.writes}
-        if step.name in owners or moving & set(_sources(step)):
+        if step.name in owners or moving & set(sources(step)):
             touched.append(i)
             moving = moving | written
         else:
@@ -267,7 +268,7 @@ def _resting(plan: Plan, touched: list[int], needed: set[Slot]) -> list[int]:
         step = plan.steps[i]
         if needed & {w.slot for w in step.writes}:
             active.append(i)
-            needed = (needed - {w.slot for w in step.writes}) | set(_sources(step))
+            needed = (needed - {w.slot for w in step.writes}) | set(sources(step))
     return active[::-1]
 
 
@@ -278,7 +279,7 @@ def _frozen(
     frozen: dict[Slot, Any] = {}
     written: set[Slot] = set()
     for i in active:
-        for slot in _sources(plan.steps[i]):
+        for slot in sources(plan.steps[i]):
             if slot not in written and slot not in frozen:
                 frozen[slot] = _value_before(plan, i, slot, inputs, values, dtype)
         written |= {w.slot for w in plan.steps[i].writes}

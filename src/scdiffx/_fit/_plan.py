@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from scdiffx._fitted import FIT
-from scdiffx._slots import Part, Slot, history_of, is_anndata, left_out
+from scdiffx._program import sources
+from scdiffx._slots import Slot, history_of, is_anndata, left_out
 from scdiffx._steps import Plan, changed_arguments, repeat
 
 __all__ = ["plan"]
@@ -129,8 +130,7 @@ def _check_unchanged(built: Plan) -> None:
     written_over = {w.slot for step in built.steps for w in step.writes}
     before: set[Slot] = set()
     for step in built.steps:
-        reads = {slot.of if isinstance(slot, Part) else slot for slot in step.reads if slot is not None}
-        if lost := sorted((reads - before) & written_over):
+        if lost := sorted((set(sources(step)) - before) & written_over):
             raise ValueError(
                 f"{step.name!r} reads {lost[0]}, which the analysis has written over: pass the data as they were "
                 "before as on="

@@ -164,7 +164,8 @@ def test_molecules_choose_and_judge(data):
     fitted = sd.fit(
         plan, losses["choose"], learn="magic", n_steps=3, holdout=losses["choose"], test=losses["test"], progress=False
     )
-    assert fitted.history["train"] == fitted.history["holdout"]
+    # The same loss of the same values, in two compiled programs.
+    np.testing.assert_allclose(fitted.history["train"], fitted.history["holdout"], rtol=1e-5)
     assert fitted.losses["test_before"] != fitted.losses["holdout_before"]
     assert fitted.losses["test_after"] < fitted.losses["test_before"]
 

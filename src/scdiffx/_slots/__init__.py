@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from scdiffx._log import warn
 from scdiffx._slots._containers import Cells, is_mudata, is_spatialdata, table_of, with_table
-from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Part, Single, Weights
+from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Modality, Part, Single, Weights
 from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
 from scdiffx._slots._history import check_history, history_of, left_out, record, restored, tabulated, written
 from scdiffx._slots._matrix import (
@@ -38,6 +38,7 @@ __all__ = [
     "Given",
     "Labels",
     "Leading",
+    "Modality",
     "Obs",
     "Obsm",
     "Obsp",
@@ -73,7 +74,7 @@ __all__ = [
     "written",
 ]
 
-Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given
+Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given | Modality
 
 
 def write_all(adata: Any, values: Mapping[Any, Any]) -> None:

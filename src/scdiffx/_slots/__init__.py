@@ -25,6 +25,7 @@ from scdiffx._slots._matrix import (
     preset,
     warn_if_not_counts,
 )
+from scdiffx._slots._named import check_shape, slot_at
 from scdiffx._slots._places import Obs, Obsm, Uns, Var, Varm, X
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "check_counts",
     "check_finite",
     "check_history",
+    "check_shape",
     "genes_at",
     "history_of",
     "is_anndata",
@@ -66,6 +68,7 @@ __all__ = [
     "preset",
     "record",
     "restored",
+    "slot_at",
     "table_of",
     "tabulated",
     "warn_if_not_counts",

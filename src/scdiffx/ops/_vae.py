@@ -14,8 +14,9 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Int
 
 from scdiffx._core import counts as C
+from scdiffx._core.devices import readable
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
-from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, widest
+from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, shared_size, widest
 from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 
@@ -251,6 +252,10 @@ def _batch_bound(
 def add_coefficients(net: Net, rows: SparseRows, batch: Array, fit: Array) -> Float[Array, " cells"]:
     """`fit` with the sum of :func:`coefficient` over the genes of each cell of a minibatch."""
     size, genes = batch.shape[0], net["encoder_in"].shape[0]
+    if rows.data.ndim == 2:
+        parts = len(rows.data)
+        of_part = jax.vmap(lambda rows, *of_cells: add_coefficients(net, rows, *of_cells))
+        return of_part(rows, jnp.asarray(batch).reshape(parts, -1), fit.reshape(parts, -1)).reshape(size)
     table = jnp.clip(net["log_theta"], *_LOG_THETA)
     row, gene = rows.position // genes, rows.position % genes
     log_r = table[batch[jnp.minimum(row, size - 1)], gene] if table.shape[0] > 1 else table[0, gene]
@@ -330,7 +335,7 @@ class _Run:
     def __init__(self, op: VAE, csr: Any, codes: np.ndarray, train: np.ndarray) -> None:
         self.csr, self.codes = csr, codes
         self.likelihood = op.likelihood
-        self.size = min(op.training.batch_size, len(train))
+        self.size = shared_size(min(op.training.batch_size, len(train)))
         self.spare = train[: self.size]
         self.width = widest(csr, self.size)
 
@@ -358,7 +363,7 @@ class _Run:
             _evaluate(net, rows, batch, np.uint32(step), likelihood=self.likelihood)
             for step, (rows, batch) in enumerate(self.minibatches(padded))
         ]
-        fit, divergence = (np.concatenate([np.asarray(p[i]) for p in parts])[:n].mean() for i in (0, 1))
+        fit, divergence = (np.concatenate([readable(p[i]) for p in parts])[:n].mean() for i in (0, 1))
         return -float(fit), float(divergence)
 
 

@@ -1,4 +1,4 @@
-"""Several devices: virtual ones, in processes of their own. Results equal those of one, and the work is really split."""
+"""Several devices, virtual ones in processes of their own: results equal those of one, and the work is split."""
 
 from __future__ import annotations
 

@@ -21,12 +21,18 @@ def _scanpy_settings() -> Any:
 
 @dataclass
 class Settings:
-    """How much to say: 0 errors, 1 warnings, 2 what is computed, 3 and which keys were added.
+    """What holds for all functions, as ``sd.settings``.
 
-    Follows ``scanpy.settings.verbosity`` while scanpy is loaded, unless set here.
+    `verbosity`: 0 errors, 1 warnings, 2 what is computed, 3 and which keys were added. Follows
+    ``scanpy.settings.verbosity`` while scanpy is loaded, unless set here.
+
+    `deterministic`: whether Leiden reads the weights of the graph rounded to 2^-12 of the largest, so that what other
+    processors and accelerators make of their last digits seldom changes a partition. Off by default: the partition
+    is then igraph's on the weights as they are.
     """
 
     own_verbosity: int | None = None
+    own_deterministic: bool = False
 
     @property
     def verbosity(self) -> int:
@@ -40,6 +46,16 @@ class Settings:
         if value is not None and (not isinstance(value, int) or not 0 <= value <= 4):
             raise ValueError(f"verbosity={value!r} must be an integer from 0 to 4, or None to follow scanpy")
         self.own_verbosity = value
+
+    @property
+    def deterministic(self) -> bool:
+        return self.own_deterministic
+
+    @deterministic.setter
+    def deterministic(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"deterministic={value!r} must be True or False")
+        self.own_deterministic = value
 
 
 settings = Settings()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.counts import Streamed
+from scdiffx._core.devices import readable
 from scdiffx._core.fields import called, replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
@@ -137,7 +138,7 @@ def run_step(
         with one_blas_thread():
             # What is streamed is read from the host between compiled parts.
             whole = step.compiled and not any(isinstance(arg, Streamed) for arg in args)
-            return op, jax.block_until_ready(called(op, *args) if whole else op(*args))
+            return op, readable(jax.block_until_ready(called(op, *args) if whole else op(*args)))
 
 
 def _to_host(adata: Any, write: Write, value: Any, single: bool) -> Any:

@@ -13,6 +13,8 @@ import scipy.sparse as sp
 
 from scdiffx import ops
 from scdiffx._core.fields import replace
+from scdiffx._log import settings
+from scdiffx.ops._leiden import _rounded
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,49 @@ def test_too_many_communities_have_no_memberships() -> None:
 def test_a_partition_is_needed_first(graph: ops.Graph) -> None:
     with pytest.raises(ValueError, match="init"):
         ops.Leiden()(graph)
+
+
+def _torus(side: int = 25) -> ops.Graph:
+    """A torus whose edges have few different weights: many moves of a cell are equally good."""
+    rng, cell = np.random.default_rng(0), np.arange(side * side).reshape(side, side)
+    there = np.concatenate([np.roll(cell, 1, axis).ravel() for axis in (0, 1)])
+    upper = sp.coo_matrix((rng.choice([1, 0.5, 1 / 3], len(there)), (np.tile(cell.ravel(), 2), there)))
+    return ops.Graph.from_scipy((upper + upper.T).tocsr())
+
+
+def _shaken(graph: ops.Graph, size: float, seed: int) -> ops.Graph:
+    """The graph with relative noise on its weights, the same in both directions."""
+    upper = sp.triu(graph.to_scipy().astype(np.float64)).tocoo()
+    upper.data *= 1 + size * np.random.default_rng(seed).standard_normal(upper.nnz)
+    return ops.Graph.from_scipy((upper + upper.T).tocsr(), np.float64)
+
+
+def test_deterministic_partitions_outlast_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = [_shaken(_torus(), size, seed) for seed, size in enumerate((0, 1e-7, 1e-7, 1e-6, 1e-6, 1e-6))]
+
+    def partitions() -> np.ndarray:
+        with jax.enable_x64(True):
+            return np.stack([np.asarray(ops.Leiden().init(g).membership) for g in graphs])
+
+    plain = partitions()
+    assert (plain != plain[0]).any()  # or else there is nothing to outlast
+    monkeypatch.setattr(settings, "deterministic", True)
+    rounded = partitions()
+    np.testing.assert_array_equal(rounded, np.broadcast_to(rounded[0], rounded.shape))
+    monkeypatch.setattr(settings, "deterministic", False)
+    np.testing.assert_array_equal(partitions(), plain)
+
+
+def test_deterministic_takes_true_or_false() -> None:
+    with pytest.raises(ValueError, match="deterministic='yes' must be True or False"):
+        settings.deterministic = "yes"
+    assert settings.deterministic is False
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+def test_deterministic_does_not_depend_on_the_unit_of_the_weights(scale: float) -> None:
+    weights = np.array([1.0, 0.5, 1 / 3, 1e-5]) * scale
+    whole = _rounded(weights)
+    np.testing.assert_array_equal(whole, np.round(whole))
+    np.testing.assert_allclose(whole / whole[0], weights / scale, atol=2**-11)
+    assert 2**11 < whole[0] < 2**13

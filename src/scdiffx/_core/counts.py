@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scdiffx._core.devices import in_parts, n_parts, padded
 from scdiffx._core.packed import BLOCK_ROWS, Counts, Matrix
 from scdiffx._core.streamed import Streamed
 
@@ -82,11 +83,11 @@ def _dense_block(x: Counts, data: Array, position: Array) -> Array:
     return flat.reshape(rows, genes)
 
 
-def _row_blocks(x: Array) -> tuple[Array, int]:
-    """A dense matrix as (blocks, rows, genes), padded with zero rows."""
+def _row_blocks(x: Array, parts: int) -> tuple[Array, int]:
+    """A dense matrix as (blocks, rows, genes), padded with zero rows; the number of blocks is a multiple of `parts`."""
     n, genes = x.shape
-    rows = min(BLOCK_ROWS, max(n, 1))
-    blocks = max(1, -(-n // rows))
+    rows = min(BLOCK_ROWS, max(-(-n // parts), 1))
+    blocks = max(1, -(-n // (rows * parts))) * parts
     return jnp.pad(x, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, genes), rows
 
 
@@ -94,47 +95,54 @@ def _masks(n: Any, blocks: int, rows: int, dtype: Any) -> Array:
     return (jnp.arange(blocks * rows) < n).astype(dtype).reshape(blocks, rows)
 
 
-def fold_rows(x: Rows, step: Callable[[C, Array, Array], C], init: C) -> C:
+def _blocks(x: Matrix, *, shared: bool) -> tuple[Any, int, Callable[[Any], Array]]:
+    """Row blocks, as many for each device if they are shared; the rows of one; and what makes a dense block of it."""
+    if not isinstance(x, Counts):
+        blocks, rows = _row_blocks(x, n_parts() if shared else 1)
+        return blocks, rows, lambda block: block
+    parts: Any = (x.data, x.position)
+    if shared:
+        parts = padded(x.data), padded(x.position, fill=x.block_rows * x.shape[1])
+    return parts, x.block_rows, lambda part: _dense_block(x, *part)
+
+
+def fold_rows(x: Rows, step: Callable[[C, Array, Array], C], init: C, *, adds: bool = False) -> C:
     """Reduce over dense row blocks: ``carry = step(carry, block, mask)``, where `mask` is 0 on pad rows.
 
-    Blocks are densified anew on the way back, so differentiation keeps no dense matrix either.
+    Blocks are densified anew on the way back, so differentiation keeps no dense matrix either. With `adds` the carry is
+    a sum of what each block gives: several devices then take some of the blocks each.
     """
     if isinstance(x, Streamed):
-        return x.fold(lambda carry, piece, n: _fold(piece, step, carry, n), init)
-    return _fold(x, step, init, n_rows(x))
+        return x.fold(lambda carry, piece, n: _fold(piece, step, carry, n, adds), init)
+    return _fold(x, step, init, n_rows(x), adds)
 
 
-def _fold(x: Matrix, step: Callable[[C, Array, Array], C], init: C, n: Any) -> C:
-    if isinstance(x, Counts):
-        parts: Any = (x.data, x.position)
-        rows = x.block_rows
-
-        def expand(part: Any) -> Array:
-            return _dense_block(x, *part)
-    else:
-        parts, rows = _row_blocks(x)
-
-        def expand(part: Any) -> Array:
-            return part
-
+def _fold(x: Matrix, step: Callable[[C, Array, Array], C], init: C, n: Any, adds: bool) -> C:
+    parts, rows, expand = _blocks(x, shared=adds)
     masks = _masks(n, jax.tree.leaves(parts)[0].shape[0], rows, x.dtype)
 
     @jax.checkpoint
     def body(carry: C, part: Any) -> tuple[C, None]:
         return step(carry, expand(part[0]), part[1]), None
 
-    return jax.lax.scan(body, init, (parts, masks))[0]
+    if not adds or n_parts() == 1:
+        return jax.lax.scan(body, init, (parts, masks))[0]
+    zero = jax.tree.map(jnp.zeros_like, init)
+    sums = in_parts(lambda part: jax.lax.scan(body, zero, part)[0], (parts, masks))
+    return jax.tree.map(lambda start, each: start + each.sum(0), init, sums)
 
 
 def map_rows(x: Rows, f: Callable[[Array], Array]) -> Array:
     """Apply `f` to dense row blocks (rows, genes) -> (rows, ...) and stack the results."""
     if isinstance(x, Streamed):
         return x.by_rows(lambda piece: map_rows(piece, f))
-    if isinstance(x, Counts):
-        body = jax.checkpoint(lambda part: f(_dense_block(x, *part)))
-        out = jax.lax.map(body, (x.data, x.position))
+    parts, _, expand = _blocks(x, shared=True)
+    body = jax.checkpoint(lambda part: f(expand(part)))
+    if n_parts() == 1:
+        out = jax.lax.map(body, parts)
     else:
-        out = jax.lax.map(jax.checkpoint(f), _row_blocks(x)[0])
+        out = in_parts(lambda part: jax.lax.map(body, part), parts)
+        out = out.reshape(-1, *out.shape[2:])
     return out.reshape(-1, *out.shape[2:])[: n_rows(x)]
 
 
@@ -234,7 +242,7 @@ def column_sums(x: Rows, f: Callable[[Array], Array] = lambda v: v) -> Float[Arr
     # Block by block: a partial sum over a thousand cells keeps float32 exact enough before blocks are added.
     if _crowded(x):
         zero = jnp.zeros(x.shape[1], x.dtype)
-        return fold_rows(x.with_data(f(x.data)), lambda total, block, _: total + block.sum(0), zero)
+        return fold_rows(x.with_data(f(x.data)), lambda total, block, _: total + block.sum(0), zero, adds=True)
     sums = jax.vmap(lambda d, c: jnp.zeros(x.shape[1], d.dtype).at[c].add(d))
     return sums(f(x.data), x.column).sum(0)
 
@@ -259,7 +267,9 @@ def column_moments(x: Rows) -> tuple[Float[Array, " genes"], Float[Array, " gene
         squares = column_sums(x.with_data(centred**2)) + (n - non_zero) * mean**2
     elif isinstance(x, Streamed):
         zero = jnp.zeros(x.shape[1], x.dtype)
-        squares = fold_rows(x, lambda total, block, mask: total + ((block - mean) ** 2 * mask[:, None]).sum(0), zero)
+        squares = fold_rows(
+            x, lambda total, block, mask: total + ((block - mean) ** 2 * mask[:, None]).sum(0), zero, adds=True
+        )
     else:
         squares = ((x - mean) ** 2).sum(0)
     return mean, squares / max(n - 1, 1)
@@ -304,7 +314,7 @@ def gram(x: Rows, mean: Float[Array, " genes"]) -> Float[Array, "genes genes"]:
         return sums, lost
 
     zeros = [jnp.zeros((b - a, genes - a), x.dtype) for a, b in itertools.pairwise(edges)]
-    panels, _ = fold_rows(x, step, (zeros, zeros))
+    panels, _ = fold_rows(x, step, (zeros, zeros), adds=True)
     upper = jnp.zeros((genes, genes), x.dtype)
     for panel, a, b in zip(panels, edges[:-1], edges[1:], strict=True):
         upper = upper.at[a:b, a:].set(panel)

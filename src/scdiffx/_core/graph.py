@@ -19,6 +19,8 @@ import scipy.sparse as sp
 from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+from scdiffx._core.devices import divisible, in_parts, n_parts, padded, place, readable, spread, whole
+
 __all__ = [
     "Graph",
     "Pattern",
@@ -67,7 +69,7 @@ class Pattern(NamedTuple):
         degree = np.diff(indptr)
         width = _best_width(degree, 1)
         row = np.repeat(np.arange(n), degree)
-        rows = n + _bucket(int((np.maximum(degree - 1, 0) // width).sum()), n)
+        rows = divisible(n + _bucket(int((np.maximum(degree - 1, 0) // width).sum()), n))
         slot, owner = _slots_of(row, np.arange(len(indices)) - indptr[row], width, n, rows)
         position = sp.csr_matrix((np.arange(len(indices)), indices, indptr), shape=(n, n)).tocsc().data
         return cls(
@@ -159,7 +161,7 @@ def _place(
     # A row of overflow starts where rank is a multiple of the width; with rank starting at k <= width each such start
     # is present in the list, so overflow rows can be numbered by counting them.
     needed = int(((rank >= width) & (rank % width == 0)).sum())
-    rows = n + _bucket(needed, n)
+    rows = divisible(n + _bucket(needed, n))
     if like is not None:
         rows = max(rows, like.indices.shape[0])
     extra_slot, owner = _slots_of(owner_cell, rank, width, n, rows)
@@ -187,6 +189,7 @@ def _bucket(needed: int, n: int) -> int:
 
 _PANEL = 8
 _GATHERED_ROWS = 8192
+_COLUMNS_EACH = 16
 
 
 def _in_bounds(v: Array, index: Array | np.ndarray) -> Array:
@@ -253,6 +256,7 @@ columns_to_slots.defvjp(
 @_whole
 def _gathered_sum(p: Pattern, values: Array, v: Array, scale: Any = None, shift: Any = None) -> Array:
     v, index, values = jnp.asarray(v), jnp.asarray(p.indices), jnp.asarray(values)
+    n, parts = p.n_cells, n_parts()
 
     # Unrolled so that XLA fuses gathers, products and sum into one pass over the output. The overflow rows are summed
     # apart: a slice of one common sum would end the fusion and cost four times as much.
@@ -262,7 +266,15 @@ def _gathered_sum(p: Pattern, values: Array, v: Array, scale: Any = None, shift:
             total = total + values[rows, j, None] * _in_bounds(v, index[rows, j])
         return total if scale is None else scale * total
 
-    n = p.n_cells
+    if parts > 1 and v.shape[1] < _COLUMNS_EACH * parts:
+        # Each device takes some of the rows, and gets all of the vectors: they are small beside the graph.
+        index, values, v = spread(padded(index)), spread(padded(values)), whole(v)
+        total = whole(spread(sum_of_slots(slice(None))))[: p.indices.shape[0]]
+        own = total[:n] if shift is None else total[:n] + shift
+        return whole(whole(own).at[whole(jnp.asarray(p.owner))].add(whole(total[n:]), mode="drop"))
+    if parts > 1 and v.shape[1] % parts == 0:
+        # A wide matrix is shared out by its columns, which no product mixes: nothing needs to be sent.
+        index, values, v = whole(index), whole(values), spread(v, 1)
     total = sum_of_slots(slice(n)) if shift is None else sum_of_slots(slice(n)) + shift
     return total.at[p.owner].add(sum_of_slots(slice(n, None)), mode="drop")
 
@@ -299,7 +311,15 @@ def squared_distances(p: Pattern, z: Float[Array, "cells dims"]) -> Float[Array,
         return ((own - _in_bounds(z, index)) ** 2).sum(1)
 
     # Rows by the thousand: XLA keeps all that it gathers at once, which is `dims` numbers for every edge.
-    return jax.lax.map(of_row, (_spread(p, z), jnp.asarray(p.indices)), batch_size=_GATHERED_ROWS) * p.valid
+    def of_rows(rows: tuple[Array, Array]) -> Array:
+        return jax.lax.map(of_row, rows, batch_size=_GATHERED_ROWS)
+
+    rows = _spread(p, z), jnp.asarray(p.indices)
+    if n_parts() == 1:
+        return of_rows(rows) * p.valid
+    z = whole(z)
+    found = in_parts(of_rows, (padded(rows[0]), padded(rows[1])))
+    return found.reshape(-1, found.shape[2])[: len(p.valid)] * p.valid
 
 
 def _squared_distances_bwd(saved: tuple[Pattern, Array], g: Array) -> tuple[None, Array]:
@@ -405,12 +425,13 @@ class Graph:
         row = np.repeat(np.arange(n), degree)
         rank = np.arange(union.nnz) - np.repeat(union.indptr[:-1], degree)
         values.reshape(-1)[_slots_of(row, rank, layout.indices.shape[1], n)[0]] = data
-        return cls(layout, jnp.asarray(values))
+        layout = layout._replace(**{name: place(getattr(layout, name)) for name in ("indices", "reverse", "valid")})
+        return cls(layout, jnp.asarray(place(values)))
 
     def to_scipy(self) -> sp.csr_matrix:
         """The matrix on the host, explicit zeros dropped, indices sorted."""
-        p = self.pattern
-        values = np.asarray(self.values)
+        p, values = readable((self.pattern, self.values))
+        values = np.asarray(values)
         keep = np.asarray(p.valid) & (values != 0)
         rows = np.broadcast_to(p.row_of_slot()[:, None], keep.shape)[keep]
         csr = sp.csr_matrix((values[keep], (rows, np.asarray(p.indices)[keep])), shape=self.shape)

@@ -11,6 +11,8 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Array, Float, Int
 
+from scdiffx._core.devices import divisible, n_parts, place, readable
+
 __all__ = ["BLOCK_ROWS", "Counts", "Matrix", "Packer"]
 
 BLOCK_ROWS = 1024
@@ -68,10 +70,10 @@ class Counts:
         """
         csr = sp.csr_matrix(matrix)
         n, genes = csr.shape
-        rows = min(BLOCK_ROWS, max(n, 1))
-        starts = csr.indptr[np.minimum(np.arange(0, n + rows, rows), n)]
+        rows = min(BLOCK_ROWS, max(-(-n // n_parts()), 1))
+        blocks = divisible(-(-n // rows))
+        starts = csr.indptr[np.minimum(np.arange(0, (blocks + 1) * rows, rows), n)]
         longest = _bucket(int(np.diff(starts).max(initial=1))) if longest is None else longest
-        blocks = len(starts) - 1
         data = _aligned((blocks, longest), np.dtype(dtype or csr.dtype), 0)
         position = _aligned((blocks, longest), np.dtype(np.int32), rows * genes)
         degree = np.diff(csr.indptr)
@@ -82,18 +84,20 @@ class Counts:
             cells = slice(b * rows, (b + 1) * rows)
             position[b, : hi - lo] = np.repeat(offset[cells], degree[cells]) + csr.indices[lo:hi]
         # Nobody else holds these arrays, so the device may take them as they are.
-        data_there, position_there = (jax.device_put(a, may_alias=True) for a in (data, position))
+        data_there, position_there = (
+            jax.device_put(a, may_alias=True) if n_parts() == 1 else place(a) for a in (data, position)
+        )
         return cls(data_there, position_there, (n, genes), rows)
 
     def host_values(self, indptr: np.ndarray) -> np.ndarray:
         """The values in CSR order, given the row pointers of the matrix this was made from."""
-        starts = indptr[np.minimum(np.arange(0, self.shape[0] + self.block_rows, self.block_rows), self.shape[0])]
-        data = np.asarray(self.data)
+        data = np.asarray(readable(self.data))
+        starts = indptr[np.minimum(np.arange(len(data) + 1) * self.block_rows, self.shape[0])]
         return np.concatenate([data[b, : starts[b + 1] - starts[b]] for b in range(len(data))])
 
     def to_scipy(self) -> sp.csr_matrix:
         """The matrix on the host."""
-        data, position = np.asarray(self.data), np.asarray(self.position)
+        data, position = (np.asarray(readable(a)) for a in (self.data, self.position))
         rows, genes = self.block_rows, self.shape[1]
         keep = position < rows * genes
         row = position // genes + rows * np.arange(len(data))[:, None]

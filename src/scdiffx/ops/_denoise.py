@@ -14,8 +14,9 @@ import scipy.sparse as sp
 from jaxtyping import Array, Float
 
 from scdiffx._core import counts as C
+from scdiffx._core.devices import readable
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
-from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, widest
+from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, shared_size, widest
 from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
 from scdiffx.ops._denoise_net import HEADS, Net, Tokens, hidden, initial, log_shares
@@ -252,7 +253,7 @@ class _Run:
         self.masked, self.seed = op.training.masked, seed
         self.place = np.full(csr.shape[1], -1)
         self.place[tokens] = np.arange(len(tokens))
-        self.size = min(op.training.batch_size, len(train))
+        self.size = shared_size(min(op.training.batch_size, len(train)))
         self.spare = train[: self.size]
         self.width = widest(csr, self.size)
         # Pads cost as much as tokens, and few cells show three quarters of their genes in training: lists are that
@@ -292,7 +293,7 @@ class _Run:
         for part in np.concatenate([cells, self.spare[: -n % self.size]]).reshape(-1, self.size):
             share = np.full(len(part), _SEEN_HELD)
             found.append(_evaluate(net, self.minibatch(part, share, self.full_length, rng)))
-        deviance, molecules = (np.concatenate([np.asarray(f[i]) for f in found])[:n].sum() for i in (0, 1))
+        deviance, molecules = (np.concatenate([readable(f[i]) for f in found])[:n].sum() for i in (0, 1))
         return float(deviance / max(molecules, 1))
 
 

@@ -11,11 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph
+from scdiffx._log import settings
 
 __all__ = ["Leiden", "LeidenResult"]
 
 # Beyond these memberships are not formed: graphs of many isolated cells would make a matrix of cells x cells.
 _MOST_COMMUNITIES = 1_000
+# The largest weight where `settings.deterministic` rounds them to whole numbers.
+_LEVELS = 4096
 
 
 class LeidenResult(NamedTuple):
@@ -100,6 +103,15 @@ class Leiden:
         return there - self.resolution * others / jnp.where(total > 0, total, 1)
 
 
+def _rounded(weights: np.ndarray) -> np.ndarray:
+    """The weights as whole numbers: their last digits are gone, and so is the order in which igraph adds them up.
+
+    The unit is a power of two, so that noise of the largest weight, which is 1 in most graphs, does not move it.
+    """
+    unit = 2.0 ** np.round(np.log2(weights.max())) / _LEVELS
+    return np.round(weights / unit)
+
+
 def _partition(graph: Graph, op: Leiden) -> tuple[np.ndarray, float]:
     import random
 
@@ -110,6 +122,8 @@ def _partition(graph: Graph, op: Leiden) -> tuple[np.ndarray, float]:
     if not adjacency.data.any():  # modularity is 0/0: igraph 0.11 would search forever
         return np.arange(n), float("nan")
     weights = adjacency.data.astype(np.float64) if op.use_weights else None
+    if weights is not None and settings.deterministic:
+        weights = _rounded(weights)
     edges = np.column_stack([adjacency.row, adjacency.col])
     del adjacency
     # Edges given to the constructor pass through Python objects, at three times the memory.

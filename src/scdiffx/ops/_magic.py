@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scdiffx._core.counts import Matrix, dense
+from scdiffx._core.devices import padded, whole
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, flip, squared_distances
 from scdiffx._core.knn import nearest
@@ -123,8 +124,10 @@ class Magic:
     def __call__(self, x: Matrix, neighbourhood: Array | Graph) -> MagicResult:
         if self.n_steps is None or self.filter is None or self.t is None:
             raise ValueError("Magic needs its walk: call `op = op.init(x, neighbourhood)` first")
-        x = dense(x)
-        graph, stay = self._walk(neighbourhood, x)
+        genes = x.shape[1]
+        x = padded(dense(x), axis=1)
+        # Each device walks on the whole graph, with its genes: steps mix cells, never genes.
+        graph, stay = jax.tree.map(whole, self._walk(neighbourhood, x))
         t = jnp.minimum(jnp.asarray(self.t, x.dtype), self.n_steps)
         steps = jnp.arange(self.n_steps + 1)
         weights = jnp.maximum(1 - jnp.abs(steps - t), 0) + self.filter
@@ -137,7 +140,7 @@ class Magic:
         rest = (1 - weights.sum()) * x.mean(0)
         start = (x, weights[0] * x + rest)
         (_, imputed), _ = jax.lax.scan(step, start, weights[1:])
-        return MagicResult(imputed, t)
+        return MagicResult(imputed[:, :genes], t)
 
 
 def _step(graph: Graph, stay: Array, value: Array) -> Array:

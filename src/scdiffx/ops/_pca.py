@@ -50,7 +50,7 @@ class Covariance:
             centred = (block - self.mean) * mask[:, None]
             return total + centred.T @ (centred @ v)
 
-        return C.fold_rows(self.x, step, jnp.zeros_like(v)) / max(C.n_rows(self.x) - 1, 1)
+        return C.fold_rows(self.x, step, jnp.zeros_like(v), adds=True) / max(C.n_rows(self.x) - 1, 1)
 
 
 @operator

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scdiffx._core import counts as C
-from scdiffx._core.minibatch import SparseRows, densify, draw, widest
+from scdiffx._core.minibatch import SparseRows, densify, draw, shared_size, widest
 from scdiffx._log import progress_bar, warn
 from scdiffx.ops._annotation_fit import folds, limits, temperature, whitened
 from scdiffx.ops._logistic_annotation import calibration_error
@@ -117,7 +117,7 @@ class _Minibatches:
     """What is drawn in turn; sizes and widths are the same for every fold, so that all share compiled code."""
 
     def __init__(self, cells: Cells, size: int, known: int) -> None:
-        self.size, self.known = min(size, len(cells.batch)), min(size, known)
+        self.size, self.known = (shared_size(min(size, most)) for most in (len(cells.batch), known))
         self.widths = widest(cells.csr, self.size), widest(cells.csr, self.known)
 
     def epoch(self, cells: Cells, most: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:

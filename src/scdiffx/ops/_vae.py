@@ -268,6 +268,10 @@ def add_coefficients(net: Net, rows: SparseRows, batch: Array, fit: Array) -> Fl
 def with_coefficients(log_thetas: Array, rows: SparseRows, batch: Array, fit: Array) -> Float[Array, " cells"]:
     """`fit` with the coefficients of all columns, given their table of log inverse dispersions."""
     size, columns = batch.shape[0], log_thetas.shape[1]
+    if rows.data.ndim == 2:
+        parts = len(rows.data)
+        of_part = jax.vmap(lambda rows, *of_cells: with_coefficients(log_thetas, rows, *of_cells))
+        return of_part(rows, jnp.asarray(batch).reshape(parts, -1), fit.reshape(parts, -1)).reshape(size)
     table = jnp.clip(log_thetas, *_LOG_THETA)
     row, column = rows.position // columns, rows.position % columns
     log_r = table[batch[jnp.minimum(row, size - 1)], column] if table.shape[0] > 1 else table[0, column]

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from scdiffx._core.minibatch import SparseRows, draw, widest
+from scdiffx._core.devices import readable
+from scdiffx._core.minibatch import SparseRows, draw, shared_size, widest
 from scdiffx._log import progress_bar
 
 __all__ = ["STEPS_AT_ONCE", "lowered", "optimizer", "trained"]
@@ -74,7 +75,7 @@ class _Run:
     def __init__(self, op: Any, csr: Any, codes: np.ndarray, train: np.ndarray, terms: Terms) -> None:
         self.csr, self.codes = csr, codes
         self.program = {"terms": terms, "likelihood": op.likelihood}
-        self.size = min(op.training.batch_size, len(train))
+        self.size = shared_size(min(op.training.batch_size, len(train)))
         self.spare = train[: self.size]
         self.width = widest(csr, self.size)
 
@@ -102,7 +103,7 @@ class _Run:
             _evaluate(net, rows, batch, np.uint32(step), **self.program)
             for step, (rows, batch) in enumerate(self.minibatches(padded))
         ]
-        fit, divergence = (np.concatenate([np.asarray(p[i]) for p in parts])[:n].mean() for i in (0, 1))
+        fit, divergence = (np.concatenate([readable(p[i]) for p in parts])[:n].mean() for i in (0, 1))
         return -float(fit), float(divergence)
 
 

@@ -1,0 +1,79 @@
+"""The same seed gives the same numbers: to the bit in another process, to rounding on other numbers of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import scdiffx as sd
+
+_CELLS = 1100  # more than one block of rows
+
+
+def _chain(adata: ad.AnnData) -> dict[str, Any]:
+    """Normalised values to a layout."""
+    sd.pp.normalize_total(adata)
+    sd.pp.log1p(adata)
+    sd.pp.pca(adata, n_comps=30)
+    sd.pp.neighbors(adata, rng=1)
+    sd.tl.leiden(adata, rng=1)
+    sd.tl.pseudotime(adata, root=0)
+    sd.tl.umap(adata, maxiter=5, rng=1)
+    return {
+        "normalised": adata.X.data,
+        "variance": adata.uns["pca"]["variance"],
+        "pca": adata.obsm["X_pca"],
+        "distances": adata.obsp["distances"].data,
+        "connectivities": adata.obsp["connectivities"].data,
+        "leiden": adata.obs["leiden"].astype(int).to_numpy(),
+        "memberships": adata.obsm["leiden_probabilities"],
+        "pseudotime": adata.obs["dpt_pseudotime"].to_numpy(),
+        "umap": adata.obsm["X_umap"],
+    }
+
+
+def _small(adata: ad.AnnData) -> ad.AnnData:
+    return ad.AnnData(adata.X[:_CELLS, :500].copy())
+
+
+_CHILD = """
+import os, sys
+import numpy as np
+cores = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, set(cores[:int(sys.argv[1])]))
+import anndata as ad
+import test_reproducibility as t
+np.savez(sys.argv[3], **t._chain(t._small(ad.read_h5ad(sys.argv[2]))))
+"""
+
+
+def _in_process(data: Path, cores: int, out: Path) -> dict[str, np.ndarray]:
+    """The results from a process of its own, on the first `cores` cores."""
+    command = [sys.executable, "-c", _CHILD, str(cores), str(data), str(out)]
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parent))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(out))
+
+
+@pytest.mark.slow
+def test_processes_agree_to_the_bit_and_threads_to_rounding(data_dir: Path, tmp_path: Path) -> None:
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs a choice between one core and two")
+    data = data_dir / "paul15" / "paul15.h5ad"
+    two, again, one = (_in_process(data, n, tmp_path / f"{i}.npz") for i, n in enumerate((2, 2, 1)))
+    for name, value in two.items():
+        assert value.tobytes() == again[name].tobytes(), name
+    # Matrix products of some shapes add up in another order on another number of threads.
+    assert one["normalised"].tobytes() == two["normalised"].tobytes()
+    off = {name: float(np.abs(one[name] - two[name]).max() / np.abs(two[name]).max()) for name in ("variance", "pca")}
+    assert off["variance"] < 1e-5
+    assert off["pca"] < 1e-3
+    np.testing.assert_allclose(one["pseudotime"], two["pseudotime"], atol=0.02)

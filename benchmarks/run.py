@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --cells 3000 20000 --json out.json [--only pca neighbors] [--core] [--markdown out.md]
     python benchmarks/run.py --compare before.json after.json
+    python benchmarks/run.py --show out.json more.json
 
 The functions, their input and their peers stand in `cases.py`. Every measurement has a process of its own: it reads the
 input, imports what it measures, and calls it twice, each time with a fresh copy, "first" and "warm". A first call finds
@@ -161,9 +162,17 @@ def described(row: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was asked for. The file grows with each function: a run that is stopped leaves what it has."""
     from inputs import described as data_of
 
-    rows = []
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
+    result: dict[str, Any] = {
+        "commit": commit.stdout.strip() or None,
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("jax", "numpy", "scipy", "numba", "anndata")},
+        "settings": {"cells": args.cells, "cores": args.cores, "data": data_of(args.data)},
+        "results": [],
+    }
     cases = chosen(list(CORE) if args.core else args.only)
     with tempfile.TemporaryDirectory() as made:
         folder = args.inputs or Path(made)
@@ -171,15 +180,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for cells in args.cells:
             for case in cases:
                 if cells <= case.most:
-                    rows += one_case(case, cells, args, folder)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-    return {
-        "commit": commit.stdout.strip() or None,
-        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("jax", "numpy", "scipy", "numba", "anndata")},
-        "settings": {"cells": args.cells, "cores": args.cores, "data": data_of(args.data)},
-        "results": rows,
-    }
+                    result["results"] += one_case(case, cells, args, folder)
+                    if args.json:
+                        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 # Tables.
@@ -270,6 +274,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("--show", type=Path, nargs="+", help="print the table of results that were written before")
     parser.add_argument("--tolerance", type=float, default=0.25, help="relative difference that --compare lets pass")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--limit", type=int, default=900, help="seconds that one measurement may take")
@@ -282,13 +287,15 @@ def main(given: list[str] | None = None) -> int:
         text, worse = compare(*(json.loads(path.read_text()) for path in args.compare), args.tolerance)
         print(text)
         return int(worse)
-    warnings.simplefilter("ignore")
-    result = run(args)
-    print(table(result))
+    if args.show:
+        found = [json.loads(path.read_text())["results"] for path in args.show]
+        text = table({"results": [row for rows in found for row in rows]})
+    else:
+        warnings.simplefilter("ignore")
+        text = table(run(args))
+    print(text)
     if args.markdown:
-        args.markdown.write_text(table(result) + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.markdown.write_text(text + "\n")
     return 0
 
 

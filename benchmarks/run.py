@@ -59,6 +59,13 @@ def seconds() -> float:
     return time.process_time() + used.ru_utime + used.ru_stime
 
 
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def child(name: str, place: int, source: str, target: str, cores: int) -> None:
     """Measure one side on so many cores, and leave figures and what it found in a file."""
     if hasattr(os, "sched_setaffinity"):
@@ -89,7 +96,8 @@ def measure(side: Side, source: str) -> dict[str, Any]:
     copies = {"first": adata.copy(), "warm": adata.copy()}
     reset_peak()
     before = peak_mib()
-    row: dict[str, Any] = {"status": "ok", "n_obs": adata.n_obs, "n_vars": adata.n_vars}
+    row: dict[str, Any] = {"status": "ok", "version": version(side.package)}
+    row |= {"n_obs": adata.n_obs, "n_vars": adata.n_vars}
     for call, data in copies.items():
         cpu, wall = seconds(), time.perf_counter()
         row["found"] = side.call(data)
@@ -125,13 +133,6 @@ def measured(case: Case, place: int, cells: int, source: Path, args: argparse.Na
 # The process that asks for it.
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def one_case(case: Case, cells: int, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each side."""
     import anndata
@@ -142,7 +143,7 @@ def one_case(case: Case, cells: int, args: argparse.Namespace, folder: Path) -> 
     for place, side in enumerate(sides(case)):
         row = measured(case, place, cells, source, args)
         found = row.pop("found", None)
-        row = {"function": case.name, "cells": cells, "tool": side.package, "version": version(side.package), **row}
+        row = {"function": case.name, "cells": cells, "tool": side.package, "version": None, **row}
         if found is not None:
             adata = anndata.read_h5ad(source)
             row["quality"] = case.score(adata, found)

@@ -295,11 +295,8 @@ CASES = (
     ),
     Case(
         "tl.pseudotime", "graph", ours("tl.pseudotime", PSEUDOTIME),
-        (Side("scanpy", ("scanpy",), peers.scanpy_dpt),), agree=scores.rank_correlation,
-    ),
-    Case(
-        "tl.pseudotime (palantir)", "graph", ours("tl.pseudotime", PSEUDOTIME, method="palantir"),
-        (peer("palantir", peers.palantir),), agree=scores.rank_correlation,
+        (Side("scanpy", ("scanpy",), peers.scanpy_dpt), peer("palantir", peers.palantir)),
+        agree=scores.rank_correlation,
     ),
     Case(
         "tl.fate_probabilities", "trajectory",
@@ -364,7 +361,7 @@ CASES = (
 )  # fmt: skip
 # What the quick question is about; `--core` runs these.
 CORE = ("normalize_total", "log1p", "highly_variable_genes", "pca", "neighbors", "harmony_integrate", "magic",
-        "scrublet", "umap", "diffmap", "leiden", "tl.pseudotime")  # fmt: skip
+        "scrublet", "umap", "diffmap", "leiden", "pseudotime")  # fmt: skip
 # Public names without a case of their own: called inside of another's, the same function, or what it returns.
 WITH_ANOTHER = {"tl.AnnotationModel", "tl.annotation_model", "tl.dpt", "tl.ot_interpolate", "tl.ot_pull", "tl.ot_push"}
 

@@ -116,10 +116,17 @@ def doublets(adata: ad.AnnData, found: Found) -> dict[str, float]:
 
 
 def cleaned(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    """Error of the cleaned counts over that of the counts as they were."""
-    truth = adata.layers["truth"]
-    error = [sp.csr_matrix(x - truth).power(2).sum() for x in (sp.csr_matrix(found["x"]), adata.X)]
-    return {"error left": float(np.sqrt(error[0] / error[1]))}
+    """Error of the profiles of types after cleaning, over that before."""
+    code = adata.obs["label"].cat.codes.to_numpy()
+    member = sp.csr_matrix((np.ones(len(code)), (code, np.arange(len(code)))))
+
+    def profiles(x: Any) -> np.ndarray:
+        total = dense(member @ sp.csr_matrix(x))
+        return total / total.sum(1, keepdims=True)
+
+    truth = profiles(adata.layers["truth"])
+    after, before = (np.abs(profiles(x) - truth).sum() for x in (found["x"], adata.X))
+    return {"error left": float(after / before)}
 
 
 def annotated(adata: ad.AnnData, found: Found) -> dict[str, float]:
@@ -130,10 +137,6 @@ def annotated(adata: ad.AnnData, found: Found) -> dict[str, float]:
     return {"macro-F1": float(f1_score(truth, np.asarray(found["labels"], str)[query], average="macro"))}
 
 
-def domains(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    return clusters(adata, found)
-
-
 def aligned(adata: ad.AnnData, found: Found) -> dict[str, float]:
     """Root mean square distance from the true place after the best rigid motion of both slices together, in spots."""
     from align_slices import spacing
@@ -142,17 +145,6 @@ def aligned(adata: ad.AnnData, found: Found) -> dict[str, float]:
     u, _, v = np.linalg.svd((place - place.mean(0)).T @ (truth - truth.mean(0)))
     off = (place - place.mean(0)) @ u @ v - (truth - truth.mean(0))
     return {"error in spots": float(np.sqrt(np.square(off).sum(1).mean()) / spacing(truth))}
-
-
-def marginals(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    """Transported cost over that of coupling all cells alike."""
-    return {"cost / independent": float(found["cost"])}
-
-
-def planted_order(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    from scipy.stats import spearmanr
-
-    return {"|rho| with pseudotime": abs(float(spearmanr(adata.obs["dpt_pseudotime"], found["x"])[0]))}
 
 
 def nothing(adata: ad.AnnData, found: Found) -> dict[str, float]:

@@ -24,6 +24,7 @@ import os
 import pickle
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,8 +67,9 @@ def version(package: str) -> str | None:
         return None
 
 
-def child(name: str, place: int, source: str, target: str, cores: int) -> None:
+def child(name: str, place: int, source: str, target: str, cores: int, limit: int = 900) -> None:
     """Measure one side on so many cores, and leave figures and what it found in a file."""
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     if hasattr(os, "sched_setaffinity"):
         have = sorted(os.sched_getaffinity(0))
         # Not always the same ones, so that several runs at once, or of several users, do not wait for each other.
@@ -116,14 +118,13 @@ def measured(case: Case, place: int, cells: int, source: Path, args: argparse.Na
         # A folder that JAX were told of would hold programs of earlier runs.
         caches = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "NUMBA_CACHE_DIR": f"{folder}/numba"}
         python = args.python.get(side.package, sys.executable)
-        call = f"import run; run.child({case.name!r}, {place}, {str(source)!r}, {target!r}, {args.cores})"
-        try:
-            done = subprocess.run(
-                [python, "-c", call], env={**os.environ, **threads, **caches, "PYTHONPATH": str(HERE)},
-                capture_output=True, text=True, timeout=args.limit,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return {"status": f"longer than {args.limit} s"}
+        call = f"import run; run.child({case.name!r}, {place}, {str(source)!r}, {target!r}, {args.cores}, {args.limit})"
+        done = subprocess.run(
+            [python, "-c", call], env={**os.environ, **threads, **caches, "PYTHONPATH": str(HERE)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode == -signal.SIGXCPU:
+            return {"status": f"more than {args.limit} CPU s"}
         if done.returncode or not Path(target).exists():
             last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
             return {"status": "failed", "why": last[0][:300] if last else f"exit status {done.returncode}"}
@@ -278,7 +279,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--show", type=Path, nargs="+", help="print the table of results that were written before")
     parser.add_argument("--tolerance", type=float, default=0.25, help="relative difference that --compare lets pass")
     parser.add_argument("--cores", type=int, default=1)
-    parser.add_argument("--limit", type=int, default=900, help="seconds that one measurement may take")
+    parser.add_argument("--limit", type=int, default=900, help="processor seconds that one measurement may take")
     parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=PYTHON")
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
     parser.add_argument("--inputs", type=Path, help="folder that keeps the prepared cells for the next run")

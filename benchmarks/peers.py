@@ -157,7 +157,7 @@ def scvelo_velocity(adata: Any, mode: str) -> Result:
     if mode == "dynamical":
         scv.tl.recover_dynamics(adata, var_names="all", n_jobs=1, show_progress_bar=False)
     scv.tl.velocity(adata, mode=mode)
-    return {"x": adata.layers["velocity"], "genes": adata.var["velocity_genes"].to_numpy()}
+    return {"x": adata.layers["velocity"]}
 
 
 def scvelo_graph(adata: Any) -> Result:
@@ -165,14 +165,14 @@ def scvelo_graph(adata: Any) -> Result:
 
     scv.settings.verbosity = 0
     scv.tl.velocity_graph(adata, n_jobs=1, show_progress_bar=False)
-    return {"graph": adata.uns["velocity_graph"]}
+    return {"x": adata.uns["velocity_graph"]}
 
 
 def scvelo_transitions(adata: Any) -> Result:
     import scvelo as scv
 
     scv.settings.verbosity = 0
-    return {"graph": sp.csr_matrix(scv.utils.get_transition_matrix(adata))}
+    return {"x": sp.csr_matrix(scv.utils.get_transition_matrix(adata))}
 
 
 def scvelo_embedding(adata: Any) -> Result:
@@ -196,7 +196,7 @@ def squidpy_ligrec(adata: Any, pairs: Any, n_perms: int) -> Result:
 
     settings = {"n_perms": n_perms, "copy": True, "show_progress_bar": False, "use_raw": False, "n_jobs": 1}
     found = sq.gr.ligrec(adata, "label", interactions=pairs, seed=0, **settings)
-    return {"x": found["means"].to_numpy().sum(1)}
+    return {"x": found["means"].astype(float).sum(axis=1)}
 
 
 def genie3(adata: Any, n_tfs: int, trees: int) -> Result:

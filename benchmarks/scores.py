@@ -167,6 +167,13 @@ def correlation(a: Found, b: Found) -> dict[str, float]:
     return {"correlation": float(np.corrcoef(x[finite], y[finite])[0, 1])}
 
 
+def by_name(a: Found, b: Found) -> dict[str, float]:
+    """The correlation of two series over the names that both have."""
+    x, y = ({tuple(map(str, name)): value for name, value in v["x"].items()} for v in (a, b))
+    names = sorted(x.keys() & y.keys())
+    return {"pairs": len(names), **correlation(*({"x": np.array([v[name] for name in names])} for v in (x, y)))}
+
+
 def rank_correlation(a: Found, b: Found) -> dict[str, float]:
     from scipy.stats import spearmanr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -27,6 +28,26 @@ QUICK = {"xla_backend_optimization_level": 0}
 def called(op: Any, *args: Any) -> Any:
     """Return `op(*args)`, compiled once for all operators and inputs of one structure."""
     return op(*args)
+
+
+_compiled: list[str] = []
+
+
+def _listen(event: str, _: float, **said: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(said.get("fun_name", "unnamed"))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs that are compiled inside, of those too that a folder of compiled programs holds."""
+    found: list[str] = []
+    before = len(_compiled)
+    yield found
+    found += _compiled[before:]
 
 
 def directional_fd(

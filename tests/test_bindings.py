@@ -22,7 +22,7 @@ import record_array_support
 import scdiffx as sd
 import test_contract
 from documented import assert_documented, assert_shapes, entries
-from helpers import changed, contents, pbmc_counts, same
+from helpers import changed, compilations, contents, pbmc_counts, same
 
 CELLS, GENES = 150, 120
 
@@ -944,6 +944,10 @@ OF_MATRIX = [case for case in CASES if case.matrix]
 OF_GRAPH = [case for case in CASES if case.source in ("graph", "rooted")]
 
 
+# Searches in which the host decides between short programs.
+MANY_PROGRAMS = {"align_slices": 100, "velocity_dynamical": 110}
+
+
 def each(cases: list[Case]) -> Any:
     marked = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in cases]
     return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
@@ -1013,16 +1017,17 @@ def call(case: Case, adata: ad.AnnData, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _result(name: str) -> ad.AnnData:
+def _result(name: str) -> tuple[ad.AnnData, list[str]]:
     case = next(case for case in CASES if case.name == name)
     adata = source(case.source)
-    assert call(case, adata) is None
-    return adata
+    with compilations() as programs:
+        assert call(case, adata) is None
+    return adata, programs
 
 
 def result(case: Case) -> ad.AnnData:
     """The AnnData after the call; not to be written to."""
-    return _result(case.name)
+    return _result(case.name)[0]
 
 
 def kind(value: Any) -> str:
@@ -1107,13 +1112,23 @@ def test_written_values_live_on_the_host(case: Case) -> None:
 
 
 @each(CASES)
+def test_a_first_call_compiles_few_programs(case: Case) -> None:
+    """What is computed outside of compiled functions costs a program for each operation."""
+    programs = _result(case.name)[1]
+    assert len(programs) <= MANY_PROGRAMS.get(case.name, 70), sorted(programs)
+
+
+@each(CASES)
 def test_copy_leaves_the_original_alone(case: Case) -> None:
     adata = source(case.source)
     before = contents(adata)
-    copied = call(case, adata, copy=True)
+    expected = result(case)
+    with compilations() as programs:
+        copied = call(case, adata, copy=True)
+    assert not programs, "a second call on like data compiled anew"
     assert not changed(before, contents(adata))
     assert copied is not adata
-    assert_equal(copied, result(case))
+    assert_equal(copied, expected)
 
 
 @each(CASES)

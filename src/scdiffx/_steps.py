@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.counts import Streamed
-from scdiffx._core.fields import replace, structural
+from scdiffx._core.fields import called, replace, structural
 from scdiffx._core.random import as_key
 from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._log import Timer
@@ -97,11 +97,6 @@ class Step:
         return {slot: value for slot, value in found.items() if value is not None}
 
 
-@functools.partial(jax.jit)
-def _call(op: Any, *args: Any) -> Any:
-    return op(*args)
-
-
 def _cast(tree: Any, dtype: Any) -> Any:
     def leaf(x: Any) -> Any:
         if isinstance(x, Streamed):
@@ -142,7 +137,7 @@ def run_step(
         with one_blas_thread():
             # What is streamed is read from the host between compiled parts.
             whole = step.compiled and not any(isinstance(arg, Streamed) for arg in args)
-            return op, jax.block_until_ready(_call(op, *args) if whole else op(*args))
+            return op, jax.block_until_ready(called(op, *args) if whole else op(*args))
 
 
 def _to_host(adata: Any, write: Write, value: Any, single: bool) -> Any:

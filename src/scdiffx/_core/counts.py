@@ -7,9 +7,10 @@ streamed from elsewhere: its pieces go through what a whole matrix in memory goe
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ __all__ = [
     "Streamed",
     "column_moments",
     "column_sums",
+    "dense",
+    "detections",
     "fold_rows",
     "gram",
     "group_sums",
@@ -45,7 +48,28 @@ __all__ = [
 
 Rows = Matrix | Streamed
 C = TypeVar("C")
+P = ParamSpec("P")
+T = TypeVar("T")
 R = TypeVar("R", Matrix, Rows)
+
+
+def _one_program(*static: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Runs a function of a matrix as one compiled program where it is called outside of any.
+
+    Step by step, its loops are closures that JAX compiles anew at every call. What is streamed goes through piece by
+    piece, and each piece comes back here.
+    """
+
+    def wrap(f: Callable[P, T]) -> Callable[P, T]:
+        compiled: Callable[..., Any] = jax.jit(f, static_argnames=static, inline=True)
+
+        @functools.wraps(f)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            return f(*args, **kwargs) if isinstance(args[0], Streamed) else compiled(*args, **kwargs)
+
+        return call
+
+    return wrap
 
 
 def n_rows(x: Rows) -> int:
@@ -114,6 +138,12 @@ def map_rows(x: Rows, f: Callable[[Array], Array]) -> Array:
     return out.reshape(-1, *out.shape[2:])[: n_rows(x)]
 
 
+@_one_program()
+def dense(x: Matrix) -> Float[Array, "cells genes"]:
+    """All values, for matrices that are small."""
+    return map_rows(x, lambda block: block) if isinstance(x, Counts) else x
+
+
 def map_values(x: R, f: Callable[[Array], Array]) -> R:
     """Apply an elementwise `f` with f(0) = 0."""
     if isinstance(x, Streamed):
@@ -126,6 +156,7 @@ def _crowded(x: Counts) -> bool:
     return x.data.shape[1] * 8 >= x.block_rows * x.shape[1]
 
 
+@_one_program()
 def row_sums(x: Rows) -> Float[Array, " cells"]:
     if isinstance(x, Streamed):
         x.totals = x.by_rows(row_sums) if x.totals is None else x.totals
@@ -138,6 +169,7 @@ def row_sums(x: Rows) -> Float[Array, " cells"]:
     return sums(x.data, x.row).reshape(-1)[: n_rows(x)]
 
 
+@_one_program()
 def rows_to_values(x: Counts, v: Array, pad: int = 0) -> Array:
     """What `v` (cells,) holds for the cell of each stored value (blocks, nnz); `pad` at pads."""
     blocks, rows = x.data.shape[0], x.block_rows
@@ -146,6 +178,7 @@ def rows_to_values(x: Counts, v: Array, pad: int = 0) -> Array:
     return jax.vmap(lambda f, r: f.at[r].get(mode="promise_in_bounds", indices_are_sorted=True))(padded, x.row)
 
 
+@_one_program("n_groups")
 def group_sums(x: Matrix, group: Int[Array, " cells"], n_groups: int) -> Float[Array, "groups genes"]:
     """Sum the cells of each group, numbered from 0."""
     if not isinstance(x, Counts):
@@ -154,6 +187,7 @@ def group_sums(x: Matrix, group: Int[Array, " cells"], n_groups: int) -> Float[A
     return jnp.zeros((n_groups, x.shape[1]), x.dtype).at[at, x.column].add(x.data, mode="drop")
 
 
+@_one_program()
 def scale_rows(x: R, factor: Float[Array, " cells"]) -> R:
     if isinstance(x, Streamed):
         return x.changed(scale_rows, factor)
@@ -162,6 +196,7 @@ def scale_rows(x: R, factor: Float[Array, " cells"]) -> R:
     return x.with_data(x.data * rows_to_values(x, factor))
 
 
+@_one_program()
 def scale_columns(x: R, factor: Float[Array, " genes"]) -> R:
     if isinstance(x, Streamed):
         return x.changed(lambda piece: scale_columns(piece, factor))
@@ -170,6 +205,7 @@ def scale_columns(x: R, factor: Float[Array, " genes"]) -> R:
     return x.with_data(x.data * factor[x.column])
 
 
+@_one_program()
 def take_columns(x: R, columns: Int[Array, " selected"]) -> R:
     """The genes at `columns`, in that order; what they are is structure."""
     if isinstance(x, Streamed):
@@ -187,6 +223,7 @@ def take_columns(x: R, columns: Int[Array, " selected"]) -> R:
     return Counts(data, position, (x.shape[0], selected), x.block_rows)
 
 
+@_one_program("f")
 def column_sums(x: Rows, f: Callable[[Array], Array] = lambda v: v) -> Float[Array, " genes"]:
     """Sum f(x) over the cells, for an elementwise f with f(0) = 0."""
     if isinstance(x, Streamed):
@@ -202,6 +239,16 @@ def column_sums(x: Rows, f: Callable[[Array], Array] = lambda v: v) -> Float[Arr
     return sums(f(x.data), x.column).sum(0)
 
 
+def detections(x: Rows) -> Float[Array, " genes"]:
+    """The number of cells in which a gene was found."""
+    return column_sums(x, _positive)
+
+
+def _positive(v: Array) -> Array:
+    return (v > 0).astype(v.dtype)
+
+
+@_one_program()
 def column_moments(x: Rows) -> tuple[Float[Array, " genes"], Float[Array, " genes"]]:
     """Mean and unbiased variance of each gene, by the two-pass formula."""
     n = n_rows(x)
@@ -218,17 +265,20 @@ def column_moments(x: Rows) -> tuple[Float[Array, " genes"], Float[Array, " gene
     return mean, squares / max(n - 1, 1)
 
 
+@_one_program()
 def matmul(x: Rows, v: Float[Array, "genes dims"]) -> Float[Array, "cells dims"]:
     """x @ v."""
     return map_rows(x, lambda block: block @ v)
 
 
+@_one_program()
 def transposed_product(x: Matrix, v: Float[Array, "cells k"]) -> Float[Array, "genes k"]:
     """x.T @ v, block by block."""
     like = jax.ShapeDtypeStruct((x.shape[1], v.shape[1]), x.dtype)
     return jax.linear_transpose(lambda w: matmul(x, w), like)(v.astype(x.dtype))[0]
 
 
+@_one_program()
 def values_at(x: Counts, dense: Float[Array, "cells genes"]) -> Float[Array, "blocks nnz"]:
     """What a dense matrix of the same shape holds where `x` has its values; 0 at pads."""
     blocks, rows = x.data.shape[0], x.block_rows
@@ -236,6 +286,7 @@ def values_at(x: Counts, dense: Float[Array, "cells genes"]) -> Float[Array, "bl
     return jax.vmap(lambda d, at: d.at[at].get(mode="fill", fill_value=0))(flat, x.position)
 
 
+@_one_program()
 def gram(x: Rows, mean: Float[Array, " genes"]) -> Float[Array, "genes genes"]:
     """(x - mean)^T (x - mean), accumulated over centred blocks with compensated summation."""
     genes = x.shape[1]

@@ -13,6 +13,7 @@ __all__ = [
     "CONSTRAINTS",
     "Constraint",
     "buffer",
+    "called",
     "fields_of_kind",
     "learnable",
     "learnables",
@@ -110,6 +111,12 @@ def operator(cls: type[T]) -> type[T]:
         data_fields=[name for name, kind in kinds.items() if kind != "static"],
         meta_fields=[name for name, kind in kinds.items() if kind == "static"],
     )
+
+
+@jax.jit
+def called(op: Any, *args: Any) -> Any:
+    """The operator's result, computed as one compiled program."""
+    return op(*args)
 
 
 def fields_of_kind(op: Any, kind: str) -> Iterator[dataclasses.Field[Any]]:

@@ -198,7 +198,12 @@ def _masked(p: Pattern, x: Array) -> Array:
     return x * jnp.asarray(p.valid).reshape(*p.valid.shape, *(1,) * (x.ndim - 2))
 
 
+# The products are compiled as a whole where they are called outside of a program.
+_whole = partial(jax.jit, inline=True)
+
+
 @jax.custom_vjp
+@_whole
 def row_sums(p: Pattern, x: Float[Array, "rows width ..."]) -> Float[Array, "cells ..."]:
     """Sum the slots of each cell."""
     total = jnp.asarray(x).sum(1)
@@ -212,6 +217,7 @@ def _spread(p: Pattern, v: Array) -> Array:
 
 
 @jax.custom_vjp
+@_whole
 def rows_to_slots(p: Pattern, v: Float[Array, "cells ..."]) -> Float[Array, "rows width ..."]:
     """The value of the cell that each edge starts from."""
     spread = _spread(p, v)
@@ -223,6 +229,7 @@ rows_to_slots.defvjp(lambda p, v: (rows_to_slots(p, v), p), lambda p, g: (None, 
 
 
 @jax.custom_vjp
+@_whole
 def flip(p: Pattern, x: Float[Array, "rows width ..."]) -> Float[Array, "rows width ..."]:
     """The value at the opposite edge: the transpose of the matrix."""
     return _in_bounds(x.reshape(-1, *x.shape[2:]), p.reverse)
@@ -232,6 +239,7 @@ flip.defvjp(lambda p, x: (flip(p, x), p), lambda p, g: (None, flip(p, g)))
 
 
 @jax.custom_vjp
+@_whole
 def columns_to_slots(p: Pattern, v: Float[Array, "cells ..."]) -> Float[Array, "rows width ..."]:
     """The value of the cell that each edge points to."""
     return _masked(p, _in_bounds(v, p.indices))
@@ -242,6 +250,7 @@ columns_to_slots.defvjp(
 )
 
 
+@_whole
 def _gathered_sum(p: Pattern, values: Array, v: Array, scale: Any = None, shift: Any = None) -> Array:
     v, index, values = jnp.asarray(v), jnp.asarray(p.indices), jnp.asarray(values)
 
@@ -263,6 +272,7 @@ def _matmul(p: Pattern, values: Array, v: Array) -> Array:
     return _gathered_sum(p, values, v)
 
 
+@_whole
 def _row_dots(p: Pattern, left: Array, right: Array) -> Array:
     """Inner products left_i . right_j on the slots (i, j): a sampled dense-dense product."""
     left = _spread(p, left)
@@ -279,6 +289,7 @@ _matmul.defvjp(lambda p, values, v: (_gathered_sum(p, values, v), (p, values, v)
 
 
 @jax.custom_vjp
+@_whole
 def squared_distances(p: Pattern, z: Float[Array, "cells dims"]) -> Float[Array, "rows width"]:
     """Squared Euclidean distances along the edges; 0 at pad slots."""
     z = jnp.asarray(z)

@@ -99,10 +99,12 @@ class Run:
 
     def refreshed(self, program: Program, params: Params, given: Parts) -> tuple[Program, Parts]:
         """The program and the parts with discrete structure found anew."""
-        if program.has_structure:
+        anew = program.has_structure
+        if anew:
             program = program.refreshed(params["plan"])
         if any(self.objectives[name].has_structure(part) for name, part in given.items()):
-            values = self._values(program.with_params(params["plan"]), program.frozen)
+            # A refresh has run the plan at these parameters.
+            values = program.values() if anew else self._values(program.with_params(params["plan"]), program.frozen)
             found: dict[int, Part] = {}
             for name, part in given.items():
                 objective = self.objectives[name]

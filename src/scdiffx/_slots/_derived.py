@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from scdiffx._core.counts import Counts, map_rows, take_columns
+from scdiffx._core.counts import Counts, dense, take_columns
 from scdiffx._core.graph import Graph
 from scdiffx._slots._matrix import as_float, check_finite, matrix_of
 from scdiffx._slots._places import Ordered
@@ -117,7 +117,7 @@ class Genes(Part):
 
     def take(self, value: Any) -> Any:
         part = take_columns(value, jnp.asarray(self.index, jnp.int32))
-        return map_rows(part, lambda block: block) if self.dense and isinstance(part, Counts) else part
+        return dense(part) if self.dense else part
 
     def read(self, adata: Any) -> Any:
         if self.of.is_lazy(adata):

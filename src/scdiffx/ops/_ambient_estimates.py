@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from scipy.special import gammaln
 
 from scdiffx._core import counts as C
+from scdiffx._core.fields import called
 from scdiffx._core.random import as_seed
 from scdiffx.ops._highly_variable import HighlyVariable
 from scdiffx.ops._leiden import Leiden
@@ -80,20 +81,20 @@ def clustered(x: C.Matrix, seed: int) -> np.ndarray:
     n = x.shape[0]
     if n < _MIN_CELLS:
         raise ValueError(f"finding clusters needs at least {_MIN_CELLS} cells, got {n}; pass groups instead")
-    frequent = np.asarray(C.column_sums(x, lambda v: (v > 0).astype(x.dtype))) >= _MIN_CELLS_OF_GENE
+    frequent = np.asarray(C.detections(x)) >= _MIN_CELLS_OF_GENE
     if not frequent.any():
         raise ValueError(f"no gene is found in {_MIN_CELLS_OF_GENE} cells")
     part = C.take_columns(x, jnp.asarray(np.flatnonzero(frequent), jnp.int32))
-    log = Log1p()(NormalizeTotal().init(part)(part).x)
+    log = Log1p()(called(NormalizeTotal().init(part), part).x)
     genes = np.flatnonzero(HighlyVariable().table(log)["highly_variable"])
     n_comps = min(_COMPS, len(genes) - 1, n - 1)
     if n_comps < 1:
         raise ValueError(f"there are {len(genes)} variable genes: too few to find clusters; pass groups instead")
     chosen = C.take_columns(log, jnp.asarray(genes, jnp.int32))
     pca = PCA(n_comps=n_comps, anchored=False).init(chosen, jnp.ones(len(genes), x.dtype))
-    z = pca(chosen, jnp.ones(len(genes), x.dtype)).scores
+    z = called(pca, chosen, jnp.ones(len(genes), x.dtype)).scores
     near = Neighbors(n_neighbors=min(_NEIGHBORS, n - 1)).init(z)
-    graph = near(z).connectivities
+    graph = called(near, z).connectivities
     return np.asarray(Leiden(resolution=_RESOLUTION, seed=seed).init(graph).membership)
 
 

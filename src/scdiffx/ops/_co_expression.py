@@ -19,7 +19,7 @@ def co_expression(x: C.Matrix) -> tuple[Int[Array, " paired"], Float[Array, "pai
     their presences independent.
     """
     n = x.shape[0]
-    frequency = np.asarray(C.column_sums(x, lambda v: (v > 0).astype(x.dtype)), np.float64) / n
+    frequency = np.asarray(C.detections(x), np.float64) / n
     genes = np.sort(np.argsort(-frequency * (1 - frequency), kind="stable")[:_PAIRED])
     part = C.take_columns(x, jnp.asarray(genes, jnp.int32))
     both = np.rint(np.asarray(_presence_gram(part), np.float64))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.counts import Counts, Matrix, map_rows, take_columns
+from scdiffx._core.counts import Matrix, dense, take_columns
 from scdiffx._core.graph import Graph
 from scdiffx.ops._communication_models import Blocks
 from scdiffx.ops._communication_test import Signals
@@ -44,7 +44,7 @@ class Columns(NamedTuple):
 
 def features_of(columns: Columns, groups: int, x: Matrix, graph: Graph, membership: Array | None) -> Features:
     """Of a complex as much is there as of its scarcest member; a cell without neighbours has nothing around it."""
-    expressed = _dense(take_columns(x, jnp.asarray(columns.genes)))
+    expressed = dense(take_columns(x, jnp.asarray(columns.genes)))
     places = (jnp.searchsorted(jnp.asarray(columns.genes), jnp.asarray(side)) for side in columns[1:])
     sent, borne = (functools.reduce(jnp.minimum, (expressed[:, m] for m in place.T)) for place in places)
     member = _member(membership, groups, expressed)
@@ -54,10 +54,6 @@ def features_of(columns: Columns, groups: int, x: Matrix, graph: Graph, membersh
     if groups**2 <= _MOST_TYPES:
         near = (near[:, :, None] * member[:, None]).reshape(-1, groups**2)
     return Features(jnp.concatenate([member, expressed], 1), near, sent, borne, around)
-
-
-def _dense(x: Matrix) -> Array:
-    return map_rows(x, lambda block: block) if isinstance(x, Counts) else x
 
 
 def _member(membership: Array | None, groups: int, like: Array) -> Float[Array, "cells groups"]:
@@ -97,7 +93,7 @@ def seen(
         targets = np.setdiff1d(np.arange(x.shape[1]), np.asarray(columns.genes))
     if not len(targets):
         raise ValueError("there are no genes besides ligands and receptors for neighbours to change")
-    y = np.asarray(_dense(take_columns(x, jnp.asarray(targets))), np.float32)
+    y = np.asarray(dense(take_columns(x, jnp.asarray(targets))), np.float32)
     mean, size = y.mean(0, dtype=np.float64), y.std(0, dtype=np.float64)
     size = np.where(size > 1e-6, size, np.inf)
     y = ((y - mean) / size).astype(np.float32)

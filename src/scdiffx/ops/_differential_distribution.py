@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.counts import Counts, Matrix, map_rows, take_columns
+from scdiffx._core.counts import Matrix, dense, take_columns
 from scdiffx._core.fields import learnable, operator, static
 
 __all__ = ["DifferentialDistribution", "DifferentialDistributionResult"]
@@ -56,8 +56,7 @@ class DifferentialDistribution:
         columns = jnp.minimum(jnp.arange(blocks * width), genes - 1).reshape(blocks, width)
 
         def block(at: Int[Array, " genes"]) -> tuple[Array, ...]:
-            part = take_columns(x, at)
-            values = map_rows(part, lambda rows: rows) if isinstance(part, Counts) else part
+            values = dense(take_columns(x, at))
             gaps = self._exact(values, shares) if self.temperature is None else self._soft(values, shares)
             return (gaps, *_moments(values, shares))
 

@@ -204,6 +204,7 @@ class Harmony:
         )
 
 
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _runs(level: Int[Array, " padded"], n: int, levels: int) -> tuple[Int[Array, " runs"], Int[Array, "runs length"]]:
     """The level of each run, past the last where there is none, and the places of its cells."""
     order = jnp.argsort(level)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scdiffx._core import counts as C
-from scdiffx._core.fields import replace
+from scdiffx._core.fields import called, replace
 from scdiffx._core.knn import nearest
 from scdiffx._core.random import as_seed
 from scdiffx._log import progress_bar
@@ -82,7 +82,7 @@ def memberships(h: np.ndarray, batch: np.ndarray, seed: int) -> np.ndarray:
     """Soft clusters that mix the batches: two rounds of Harmony, then its assignments to the clusters found."""
     count = max(2, min(round(len(h) / _CELLS_PER_CLUSTER), _MOST_CLUSTERS, len(h)))
     op = Harmony(nclust=count, rounds=2).init(jnp.asarray(h), jnp.asarray(batch), key=jax.random.key(seed))
-    centroids = op(jnp.asarray(h), jnp.asarray(batch)).centroids
+    centroids = called(op, jnp.asarray(h), jnp.asarray(batch)).centroids
     return np.asarray(_assigned(jnp.asarray(h), jnp.asarray(batch), centroids, batches=int(batch.max()) + 1))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scdiffx._core.counts import Counts, Matrix, map_rows
+from scdiffx._core.counts import Matrix, dense
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, flip, squared_distances
 from scdiffx._core.knn import nearest
@@ -78,7 +78,7 @@ class Magic:
         """The first time at which the last step changed less than the threshold, and one step more, as in MAGIC."""
         from scipy.spatial import procrustes
 
-        value = _dense(x)
+        value = dense(x)
         if value.shape[1] > _GENES_FOR_T:
             chosen = np.sort(np.random.default_rng(0).permutation(value.shape[1])[:_GENES_FOR_T])
             value = value[:, chosen]
@@ -123,7 +123,7 @@ class Magic:
     def __call__(self, x: Matrix, neighbourhood: Array | Graph) -> MagicResult:
         if self.n_steps is None or self.filter is None or self.t is None:
             raise ValueError("Magic needs its walk: call `op = op.init(x, neighbourhood)` first")
-        x = _dense(x)
+        x = dense(x)
         graph, stay = self._walk(neighbourhood, x)
         t = jnp.minimum(jnp.asarray(self.t, x.dtype), self.n_steps)
         steps = jnp.arange(self.n_steps + 1)
@@ -150,7 +150,3 @@ _one_step = jax.jit(_step)
 @jax.jit
 def _walk(op: Magic, neighbourhood: Array | Graph, like: Array) -> tuple[Graph, Array]:
     return op._walk(neighbourhood, like)
-
-
-def _dense(x: Matrix) -> Array:
-    return map_rows(x, lambda block: block) if isinstance(x, Counts) else x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.random import as_seed
 from scdiffx._log import warn
 from scdiffx.ops._logistic_annotation import _voted
-from scdiffx.ops._marker_fit import INSIDE, Layout, MarkerFit, MarkerSettings, fitted, joint, layout, limits
+from scdiffx.ops._marker_fit import INSIDE, MarkerFit, MarkerSettings, fitted, joint, layout, limits
 
 __all__ = ["MarkerAnnotation", "MarkerAnnotationResult", "MarkerSettings"]
 
@@ -86,7 +87,7 @@ class MarkerAnnotation:
             mean = total.mean() if size is None else jnp.ones(())
             if not mean > 0:
                 raise ValueError("no cell has any count")
-            table = np.asarray(_table(exact, total / mean if size is None else size, batch, at))
+            table = np.asarray(_table(exact, total / mean if size is None else size, batch, self.markers))
             n_batches = 1 if batch is None else int(np.asarray(batch).max()) + 1
             seed = 0 if key is None else as_seed(key)
             centres, found = fitted(table, n_batches, self.markers, self.settings, seed)
@@ -95,7 +96,7 @@ class MarkerAnnotation:
                 warn(f"the markers' model has not converged in max_iter={self.settings.max_iter} iterations")
             log_proportions = jax.nn.log_softmax(jnp.asarray(flat.logits))
             parts = (flat.baseline, np.exp(flat.log_log_folds), np.exp(flat.log_dispersion))
-            cells = jax.nn.logsumexp(_joint(jnp.asarray(table), *parts, log_proportions, centres, at), axis=1)
+            cells = jax.nn.logsumexp(_joint(jnp.asarray(table), *parts, log_proportions, centres, self.markers), axis=1)
             edges, limit = limits(np.asarray(cells), table[:, -2])
             learned = dict(zip(("baseline", "log_folds", "dispersion"), parts, strict=True))
             learned["proportions"] = np.exp(log_proportions)
@@ -121,9 +122,9 @@ class MarkerAnnotation:
         fit: MarkerFit = jax.tree.map(lambda v: v if v.dtype == bool else jnp.asarray(v, x.dtype), self.fit)
         if size is None:
             size = C.row_sums(x) / fit.total
-        table = _table(x, size, batch, at)
+        table = _table(x, size, batch, self.markers)
         log_p = jnp.log(jnp.maximum(proportions, jnp.finfo(x.dtype).tiny))
-        found = _joint(table, baseline, folds, dispersion, log_p, fit.basis, at)
+        found = _joint(table, baseline, folds, dispersion, log_p, fit.basis, self.markers)
         log_likelihood = jax.nn.logsumexp(found, axis=1)
         chances = jax.nn.softmax(found)
         known = jnp.asarray([bool(genes) for genes in self.markers])
@@ -137,10 +138,12 @@ class MarkerAnnotation:
         return MarkerAnnotationResult(chances, confidence, log_likelihood, unlike, types)
 
 
-def _table(x: C.Matrix, size: Array, batch: Array | None, at: Layout) -> Float[Array, "cells genes+2"]:
+@partial(jax.jit, static_argnames="markers")
+def _table(
+    x: C.Matrix, size: Array, batch: Array | None, markers: tuple[tuple[int, ...], ...]
+) -> Float[Array, "cells genes+2"]:
     """The markers' counts, the logarithm of the size factor and the number of the batch of each cell."""
-    part = C.take_columns(x, jnp.asarray(at.columns))
-    values = C.map_rows(part, lambda block: block) if isinstance(part, C.Counts) else part
+    values = C.dense(C.take_columns(x, jnp.asarray(layout(markers).columns)))
     size = jnp.asarray(size, x.dtype)
     log_size = jnp.log(jnp.where(size > 0, size, _NO_COUNTS))
     batch = jnp.zeros_like(log_size) if batch is None else jnp.asarray(batch, x.dtype)
@@ -151,5 +154,7 @@ def _double(x: C.Matrix) -> C.Matrix:
     return x.with_data(x.data.astype(jnp.float64)) if isinstance(x, C.Counts) else x.astype(jnp.float64)
 
 
+@partial(jax.jit, static_argnums=6)
 def _joint(table: Array, *parts: Any) -> Float[Array, "cells types"]:
-    return C.map_rows(table, lambda rows: joint(rows, *parts))
+    there = (*parts[:-1], layout(parts[-1]))
+    return C.map_rows(table, lambda rows: joint(rows, *there))

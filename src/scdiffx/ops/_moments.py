@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scdiffx._core.counts import Counts, Matrix, map_rows
+from scdiffx._core.counts import Matrix, dense
 from scdiffx._core.fields import learnable, operator
 from scdiffx._core.graph import Graph
 
@@ -26,6 +26,7 @@ class MomentsResult(NamedTuple):
     mu: Float[Array, "cells genes"]
 
 
+@jax.jit
 def neighbour_mean(graph: Graph, power: float | Array = 0.0) -> tuple[Graph, Float[Array, " cells"]]:
     """The weights of the mean over a cell and its neighbours: the graph's, and the cell's own.
 
@@ -64,11 +65,6 @@ def by_genes(f: Callable[..., Any], *parts: Array | None) -> Any:
         return f(*(None if x is None else next(rest) for x in parts))
 
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(body), [split(x) for x in arrays]))
-
-
-def dense(x: Matrix) -> Array:
-    """The matrix as an array of all its values."""
-    return map_rows(x, lambda block: block) if isinstance(x, Counts) else x
 
 
 @operator

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.counts import Counts, Matrix, map_rows
+from scdiffx._core.counts import Matrix, dense
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, columns_to_slots, flip, rows_to_slots, squared_distances
 from scdiffx._core.knn import nearest
@@ -147,10 +147,6 @@ def replacements(op: Neighbors, z: Matrix) -> Replacements | None:
     directed[: len(lists), : k + 1] = strength
     graph = Graph(pattern, jax.jit(_union)(pattern, jnp.asarray(directed)))
     return Replacements(graph, jnp.asarray(lists), jnp.asarray(directed), jnp.asarray(change))
-
-
-def dense(z: Matrix) -> Float[Array, "cells dims"]:
-    return map_rows(z, lambda block: block) if isinstance(z, Counts) else z
 
 
 def _edge_distances(p: Pattern, z: Array, metric: str) -> Array:

@@ -81,7 +81,7 @@ class Scrublet:
         return n_voters(n, int(n * self.doublet_ratio), self.n_neighbors)
 
     def _fitted(self, x: C.Matrix) -> Projection:
-        frequent = np.asarray(C.column_sums(x, lambda v: (v > 0).astype(x.dtype))) >= _MIN_CELLS
+        frequent = np.asarray(C.detections(x)) >= _MIN_CELLS
         present = np.flatnonzero(frequent)
         if not len(present):
             raise ValueError(f"no gene is found in {_MIN_CELLS} cells")

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scdiffx._core.counts import Matrix
+from scdiffx._core.counts import Matrix, dense
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph
-from scdiffx.ops._moments import averaged, by_genes, dense, neighbour_mean
+from scdiffx.ops._moments import averaged, by_genes, neighbour_mean
 
 __all__ = ["SteadyState", "SteadyStateResult", "extremes"]
 

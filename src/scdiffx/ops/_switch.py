@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from scdiffx._core.counts import Counts, Matrix, column_sums, map_rows, scale_rows, take_columns
+from scdiffx._core.counts import Matrix, column_sums, dense, scale_rows, take_columns
 from scdiffx._core.fields import buffer, operator, replace, static
 
 __all__ = ["SwitchDE", "SwitchDEResult"]
@@ -133,8 +133,7 @@ def _fitted(x: Matrix, t: Float[Array, " cells"]) -> SwitchDEResult:
     starts = _starts(jax.lax.stop_gradient(u), there)
 
     def block(at: Array) -> SwitchDEResult:
-        part = take_columns(x, at)
-        values = map_rows(part, lambda rows: rows) if isinstance(part, Counts) else part
+        values = dense(take_columns(x, at))
         return _fit_block(values * there[:, None], ends, there, starts)
 
     found = jax.lax.map(jax.checkpoint(block), columns)

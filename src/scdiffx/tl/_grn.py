@@ -200,8 +200,6 @@ def _check(method: str, penalty: float | None, n_subsamples: int) -> None:
         raise ValueError(f"penalty={penalty!r} is for method='ridge' and 'lasso': graph attention has none")
     if n_subsamples and method != "lasso":
         raise ValueError(f"n_subsamples={n_subsamples!r} needs method='lasso', which chooses edges")
-    if n_subsamples < 0 or n_subsamples % 2:
-        raise ValueError(f"n_subsamples={n_subsamples!r} must be even and at least 0: halves come in pairs")
 
 
 def _network(

@@ -12,11 +12,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._core.counts import dense
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx._program import Program, leading, read_value
 from scdiffx._slots import Obs, Obsm, Slot, Weights, available
 from scdiffx._steps import Plan, Step, _cast, restructured, run_step
-from scdiffx.ops._neighbors import Replacements, dense, replacements
+from scdiffx.ops._neighbors import Replacements, replacements
 from scdiffx.tl._attribution import column_of, groups_of
 
 # What takes the weights of cells; the operators are known by their arguments.

@@ -264,6 +264,15 @@ def vae_keys(latent: str = "X_vae", entry: str = "vae") -> dict[str, str]:
     }
 
 
+def joint_vae_keys(latent: str = "X_vae", entry: str = "vae", prefix: str = "vae") -> dict[str, str]:
+    weights = "protein_in protein_in_bias protein_out protein_bias protein_log_theta background_mean background_log_std"
+    return vae_keys(latent, entry) | {
+        f"obsm/X_{prefix}_proteins": "DataFrame",
+        f"obsm/{prefix}_foreground": "DataFrame",
+        **{f"uns/{entry}/net/{name}": "float32" for name in weights.split()},
+    }
+
+
 def denoise_keys(key: str = "denoise") -> dict[str, str]:
     layers = {"attend": ("", "_out", "_gain", "_bias"), "feed": ("_gain", "_bias", "_in", "_in_bias", "_out")}
     layers |= {"read": ("_query", "_key", "_value", "_out"), "last": ("_gain", "_bias"), "join": ("", "_bias")}
@@ -523,6 +532,17 @@ CASES = [
         keyed=vae_keys("mine", "mine") | {"obsm/X_mine_normalized": "float32"},
         matrix=True,
         counts=True,
+    ),
+    Case(
+        "vae_proteins",
+        "pp.vae",
+        "stained",
+        joint_vae_keys(),
+        {"protein_key": "protein", "max_epochs": 1, "n_latent": 3, "progress": False},
+        keyed=joint_vae_keys("mine", "mine", "mine"),
+        matrix=True,
+        counts=True,
+        slow=True,
     ),
     Case(
         "magic",
@@ -979,6 +999,7 @@ def _source(name: str) -> ad.AnnData:
         "timed": ("reduced", lambda a: a.obs.insert(0, "day", np.arange(CELLS) % 2 * 1.5)),
         "coupled": ("timed", lambda a: sd.tl.ot_trajectory(a, "day")),
         "spliced": ("graph", with_unspliced),
+        "stained": ("counts", with_proteins),
         "moving": ("spliced", lambda a: sd.tl.velocity(a, mode="deterministic", min_r2=-9.0)),
         "directed": ("moving", sd.tl.velocity_graph),
         "with_times": ("spliced", timed),
@@ -998,6 +1019,13 @@ def with_unspliced(adata: ad.AnnData) -> None:
     adata.layers["spliced"] = adata.X.copy()
     lag = sp.diags(np.linspace(0.2, 0.6, CELLS)).astype(np.float32)
     adata.layers["unspliced"] = sp.csr_matrix(lag @ adata.X, dtype=np.float32)
+
+
+def with_proteins(adata: ad.AnnData) -> None:
+    """Counts of three proteins, each high in some types of cells."""
+    types = adata.obs["cell_type"].cat.codes.to_numpy()[:, None]
+    counts = np.random.default_rng(0).poisson(np.where(types % 3 == np.arange(3), 80, 6)).astype(np.float32)
+    adata.obsm["protein"] = pd.DataFrame(counts, index=adata.obs_names, columns=["CD3", "CD19", "CD14"])
 
 
 def timed(adata: ad.AnnData) -> None:
@@ -1472,6 +1500,11 @@ REFUSED = [
     ("vae", {"max_epochs": 0}, ValueError, "max_epochs=0"),
     ("vae", {"patience": 0}, ValueError, "patience=0"),
     ("vae", {"library_size": 0}, ValueError, "library_size=0"),
+    ("vae_proteins", {"protein_key": "absent"}, KeyError, r"protein_key='absent'.*'protein'"),
+    ("vae_proteins", {"protein_key": "negative"}, ValueError, "-1.0 of cell .* and protein 0 is negative"),
+    ("vae_proteins", {"modalities": ("rna", "prot")}, ValueError, r"either modalities=.*protein_key='protein'"),
+    ("vae", {"modalities": ("rna", "prot")}, ValueError, r"parts of a MuData.*pass protein_key=.*'negative'"),
+    ("vae_proteins", {"likelihood": "poisson"}, ValueError, r"likelihood='poisson'.*'zinb'"),
     ("mmd", {"key": "absent"}, KeyError, r"key='absent'.*'batch'"),
     ("mmd", {"key": "partial"}, ValueError, "key='partial' is missing for 1 of"),
     ("mmd", {"key": "only"}, ValueError, "all cells are of one batch"),

@@ -166,6 +166,112 @@ def test_what_reads_genes_asks_for_a_modality() -> None:
         sd.tl.spatial_domains(mdata, table_key="table")
 
 
+SHORT = {"modalities": ("rna", "protein"), "n_latent": 3, "max_epochs": 1, "progress": False}
+OF_BOTH = {"X_vae", "X_vae_proteins", "vae_foreground"}
+
+
+def held(mdata: Any) -> dict[str, dict[str, Any]]:
+    return {"": contents(plain(mdata))} | {name: contents(part) for name, part in mdata.mod.items()}
+
+
+def untouched(before: dict[str, Any], mdata: Any) -> bool:
+    return not any(changed(before[name], after) for name, after in held(mdata).items())
+
+
+def test_genes_and_proteins_of_a_mudata_have_one_latent_space(tmp_path: Path) -> None:
+    mudata = pytest.importorskip("mudata", reason="the tests of MuData need mudata")
+    mdata = mudata_of_parts()
+    before = held(mdata)
+    copied = sd.pp.vae(mdata, **SHORT, batch_key="batch", genes="all", copy=True)
+    assert untouched(before, mdata)
+    assert sd.pp.vae(mdata, **SHORT, batch_key="batch", genes="all") is None
+    assert_equal(mdata, plain(copied))
+    after = held(mdata)
+    assert {path for path in changed(before[""], after[""]) if path.startswith("obsm")} == {
+        f"obsm/{k}" for k in OF_BOTH
+    }
+    assert changed(before["rna"], after["rna"]) == {"layers/vae_normalized"}
+    assert not changed(before["protein"], after["protein"])
+    shares = mdata["rna"].layers["vae_normalized"]
+    np.testing.assert_allclose(shares.sum(1), 1e4, rtol=1e-3)
+    # The same as of one AnnData with the proteins in `obsm`.
+    rna, protein = parts()
+    rna.obs["batch"] = mdata.obs["batch"]
+    rna.obsm["protein"] = protein.to_df()
+    alone = {key: value for key, value in SHORT.items() if key != "modalities"}
+    sd.pp.vae(rna, **alone, protein_key="protein", batch_key="batch", genes="all")
+    for key in OF_BOTH:
+        assert same(mdata.obsm[key], rna.obsm[key]), key
+    assert same(shares, rna.layers["vae_normalized"])
+    assert list(mdata.obsm["vae_foreground"]) == list(protein.var_names)
+    assert mdata.obsm["vae_foreground"].to_numpy().min() > 0
+    mdata.write(tmp_path / "cells.h5mu")
+    assert_equal(mudata.read(tmp_path / "cells.h5mu"), plain(mdata))
+
+
+@pytest.mark.slow
+def test_modalities_in_another_order_and_layers() -> None:
+    mudata = pytest.importorskip("mudata", reason="the tests of MuData need mudata")
+    rna, protein = parts()
+    order = np.random.default_rng(0).permutation(CELLS)
+    for part in (rna, protein):
+        part.layers["counts"] = part.X.copy()
+        part.X = part.X.log1p()
+    straight = mudata.MuData({"rna": rna, "protein": protein})
+    mixed = mudata.MuData({"rna": rna.copy(), "protein": protein[order].copy()})
+    assert list(mixed.obs_names) == list(rna.obs_names)
+    # Genes and proteins change places: now the modality in another order is the one that gets a layer.
+    settings = SHORT | {"layer": "counts", "genes": "all"}
+    for modalities, name in ((("rna", "protein"), "rna"), (("protein", "rna"), "protein")):
+        for mdata in (straight, mixed):
+            sd.pp.vae(mdata, **settings | {"modalities": modalities})
+        assert same(straight.obsm["X_vae"], mixed.obsm["X_vae"])
+        found = mixed[name][list(straight[name].obs_names)].layers["vae_normalized"]
+        assert same(np.asarray(found), straight[name].layers["vae_normalized"])
+
+
+OF_TWO: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"modalities": ("rna", "prot")}, KeyError, r"'prot' is not in the MuData.*'rna', 'protein'"),
+    ({"modalities": "rna"}, ValueError, r"modalities='rna' must be two names.*'protein'"),
+    ({"modalities": ("rna",)}, ValueError, "must be two names"),
+    ({"protein_key": "X_pca"}, ValueError, r"either modalities=.*protein_key='X_pca'"),
+    ({"layer": "absent"}, KeyError, r"layer='absent' is not in `mdata\['rna'\].layers`"),
+    ({"layer": "half"}, KeyError, r"layer='half' is not in `mdata\['protein'\].layers`.*both modalities"),
+    ({"layer": "bad"}, ValueError, "-1.0 of cell .* is negative"),
+    ({"batch_key": "absent"}, KeyError, r"batch_key='absent'.*'batch'"),
+    ({"genes": ["absent"]}, KeyError, "'absent'"),
+    ({"key_added": "rna"}, ValueError, "key_added='rna' is the name of a modality"),
+    ({"likelihood": "poisson"}, ValueError, "likelihood='poisson'"),
+]
+
+
+def test_a_failed_call_on_two_modalities_says_why_and_changes_nothing() -> None:
+    mdata = mudata_of_parts()
+    for name, part in mdata.mod.items():
+        part.layers["bad"] = part.X.copy()
+        if name == "protein":
+            part.layers["bad"].data[7] = -1
+    mdata["rna"].layers["half"] = mdata["rna"].X.copy()
+    before = held(mdata)
+    for wrong, error, match in OF_TWO:
+        with pytest.raises(error, match=match):
+            sd.pp.vae(mdata, **SHORT | wrong)
+        assert untouched(before, mdata), wrong
+    with pytest.raises(TypeError, match=r"mdata\['rna'\]") as caught:
+        sd.pp.vae(mdata)
+    assert "modalities=" in caught.value.__notes__[0]
+
+
+def test_both_modalities_need_all_cells() -> None:
+    mudata = pytest.importorskip("mudata", reason="the tests of MuData need mudata")
+    rna, protein = parts()
+    mdata = mudata.MuData({"rna": rna, "protein": protein[:100].copy()})
+    before = held(mdata)
+    with pytest.raises(ValueError, match=r"'protein' has 100 of the 120 cells.*intersect_obs"):
+        sd.pp.vae(mdata, **SHORT)
+    assert untouched(before, mdata)
+
+
 @pytest.mark.slow
 def test_clusters_of_muons_joint_graph(data_dir: Path) -> None:
     mu = pytest.importorskip("muon", reason="the joint graph of two modalities is muon's")

@@ -85,6 +85,7 @@ SLOW = {
     "grn_lasso",
     "grn_with_prior",
     "highly_variable_cutoffs",
+    "joint_vae",
     "kmeans_hard",
     "ligrec_neighbors",
     "log1p_base_2",
@@ -252,6 +253,21 @@ CASES = [
             equivariant=False,
         )
         for name, settings in (("nb", {}), ("zinb", {"likelihood": "zinb", "dispersion": "gene-batch"}))
+    ),
+    Case(
+        "joint_vae",
+        lambda: ops.JointVAE(
+            columns=np.arange(0, GENES, 3),
+            n_latent=4,
+            n_hidden=16,
+            training=ops.Training(max_epochs=2, batch_size=64),
+        ),
+        lambda d: (d.counts, d.coordinates[:, :4] ** 2, d.batch),
+        tuple,
+        budget=1_800,
+        learns=("net",),
+        # Which cells share a minibatch depends on their order.
+        equivariant=False,
     ),
     Case(
         "denoise",
@@ -898,6 +914,7 @@ def test_permuting_the_cells_permutes_the_results(case: Case) -> None:
 BY_CELL = {
     "cell_weights",
     "denoise",
+    "joint_vae",
     "log1p",
     "logistic_annotation",
     "mmd_integrate",

@@ -23,6 +23,7 @@ __all__ = [
     "plan",
     "pp",
     "settings",
+    "step",
     "tl",
 ]
 
@@ -34,6 +35,7 @@ _HOMES = {
     "grid": "scdiffx._fit",
     "plan": "scdiffx._fit",
     "settings": "scdiffx._log",
+    "step": "scdiffx._step",
     "doctor": "scdiffx._doctor",
 }
 

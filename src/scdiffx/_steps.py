@@ -330,7 +330,8 @@ def analysis(function: F) -> F:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    return f"{function.__module__.split('.')[1]}.{function.__name__}"
+    part = function.__module__.split(".")[1]
+    return function.__name__ if part.startswith("_") else f"{part}.{function.__name__}"
 
 
 def _remembered(function: F) -> F:

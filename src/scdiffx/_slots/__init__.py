@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from scdiffx._log import warn
 from scdiffx._slots._containers import Cells, is_mudata, is_spatialdata, table_of, with_table
-from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Part, Single, Weights
+from scdiffx._slots._derived import Decoded, Edges, Genes, Given, Labels, Leading, Modality, Part, Single, Weights
 from scdiffx._slots._graphs import Connectivities, Cosines, Distances, Obsp
 from scdiffx._slots._history import check_history, history_of, left_out, record, restored, tabulated, written
 from scdiffx._slots._matrix import (
@@ -25,6 +25,7 @@ from scdiffx._slots._matrix import (
     preset,
     warn_if_not_counts,
 )
+from scdiffx._slots._named import check_shape, slot_at
 from scdiffx._slots._places import Obs, Obsm, Uns, Var, Varm, X
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Given",
     "Labels",
     "Leading",
+    "Modality",
     "Obs",
     "Obsm",
     "Obsp",
@@ -55,6 +57,7 @@ __all__ = [
     "check_counts",
     "check_finite",
     "check_history",
+    "check_shape",
     "genes_at",
     "history_of",
     "is_anndata",
@@ -65,6 +68,7 @@ __all__ = [
     "preset",
     "record",
     "restored",
+    "slot_at",
     "table_of",
     "tabulated",
     "warn_if_not_counts",
@@ -73,7 +77,7 @@ __all__ = [
     "written",
 ]
 
-Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given
+Slot = X | Obs | Var | Obsm | Varm | Connectivities | Distances | Obsp | Cosines | Uns | Part | Given | Modality
 
 
 def write_all(adata: Any, values: Mapping[Any, Any]) -> None:

@@ -143,3 +143,33 @@ class Genes(Part):
             if not self.dense
             else jnp.asarray(as_float(part.toarray()))
         )
+
+
+@dataclass(frozen=True)
+class Modality(Ordered):
+    """A slot, `of`, of one modality of a MuData, its cells in the order of the MuData."""
+
+    name: str
+    of: Any
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}:{getattr(self.of, 'key', self.of.layer)}"
+
+    def exists(self, adata: Any) -> bool:
+        return bool(self.of.exists(adata.mdata.mod[self.name]))
+
+    def read(self, adata: Any) -> Any:
+        part = adata.mdata.mod[self.name]
+        try:
+            return self.of.read(part if part.obs_names.equals(adata.obs_names) else part[adata.obs_names])
+        except (KeyError, ValueError) as error:
+            error.add_note(f"`adata` is `mdata[{self.name!r}]` here.")
+            raise
+
+    def host(self, adata: Any, value: Any) -> Any:
+        part = adata.mdata.mod[self.name]
+        return self.of.host(part, np.asarray(value)[adata.obs_names.get_indexer(part.obs_names)])
+
+    def write(self, adata: Any, value: Any) -> None:
+        self.of.write(adata.mdata.mod[self.name], value)

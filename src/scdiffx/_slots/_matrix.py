@@ -74,19 +74,19 @@ def matrix_of(adata: Any, layer: str | None = None) -> Any:
     return np.asarray(matrix)
 
 
-def check_finite(matrix: Any, names: Any, genes: Any) -> None:
-    """Raise on the first NaN or infinite value, naming its cell and gene."""
+def check_finite(matrix: Any, names: Any, genes: Any, kind: str = "gene") -> None:
+    """Raise on the first NaN or infinite value, naming its cell and gene, or what a column is."""
     values = matrix.data if sp.issparse(matrix) else matrix
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values.sum(dtype=np.float64)):
-        _raise_at(matrix, ~np.isfinite(values), names, genes, "not finite")
+        _raise_at(matrix, ~np.isfinite(values), names, genes, kind, "not finite")
 
 
-def check_counts(matrix: Any, names: Any, genes: Any) -> None:
+def check_counts(matrix: Any, names: Any, genes: Any, kind: str = "gene") -> None:
     """Raise on the first value that cannot be a count: NaN, infinite or negative."""
-    check_finite(matrix, names, genes)
+    check_finite(matrix, names, genes, kind)
     values = matrix.data if sp.issparse(matrix) else matrix
     if values.size and values.min() < 0:
-        _raise_at(matrix, values < 0, names, genes, "negative")
+        _raise_at(matrix, values < 0, names, genes, kind, "negative")
 
 
 def warn_if_not_counts(matrix: Any, what: str) -> None:
@@ -108,7 +108,7 @@ def check_batch(data: Any, batch_key: str | None) -> None:
         raise ValueError(f"`adata.obs[{batch_key!r}]` is missing for {missing.sum()} of {len(missing)} cells")
 
 
-def _raise_at(matrix: Any, bad: np.ndarray, names: Any, genes: Any, what: str) -> None:
+def _raise_at(matrix: Any, bad: np.ndarray, names: Any, genes: Any, kind: str, what: str) -> None:
     if not bad.any():
         return
     if sp.issparse(matrix):
@@ -118,7 +118,7 @@ def _raise_at(matrix: Any, bad: np.ndarray, names: Any, genes: Any, what: str) -
     else:
         row, column = np.argwhere(bad)[0]
         value = matrix[row, column]
-    raise ValueError(f"the value {value} of cell {names[row]!r} and gene {genes[column]!r} is {what}")
+    raise ValueError(f"the value {value} of cell {names[row]!r} and {kind} {genes[column]!r} is {what}")
 
 
 def as_float(array: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from scdiffx.ops._grn_gat import AttentionGRN, GRNTraining
 from scdiffx.ops._harmony import Harmony, HarmonyResult, HarmonySettings
 from scdiffx.ops._highly_variable import HighlyVariable, HighlyVariableResult
 from scdiffx.ops._integration import IntegrationResult, IntegrationTraining
+from scdiffx.ops._joint_vae import JointVAE, JointVAEResult
 from scdiffx.ops._kmeans import KMeans, KMeansResult
 from scdiffx.ops._latent_time import LatentTime, LatentTimeResult
 from scdiffx.ops._leiden import Leiden, LeidenResult
@@ -104,6 +105,8 @@ __all__ = [
     "HighlyVariableResult",
     "IntegrationResult",
     "IntegrationTraining",
+    "JointVAE",
+    "JointVAEResult",
     "KMeans",
     "KMeansResult",
     "LatentTime",

@@ -12,7 +12,7 @@ from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, static
 from scdiffx.ops._integration import IntegrationResult, IntegrationTraining, applied, discrepancy, features, fitted
 from scdiffx.ops._integration_models import Cells, Net
-from scdiffx.ops._vae import lowered, optimizer
+from scdiffx.ops._vae_fit import lowered, optimizer
 
 __all__ = ["MMDIntegrate"]
 

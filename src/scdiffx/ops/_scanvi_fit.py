@@ -18,7 +18,8 @@ from scdiffx._log import progress_bar, warn
 from scdiffx.ops._annotation_fit import folds, limits, temperature, whitened
 from scdiffx.ops._logistic_annotation import calibration_error
 from scdiffx.ops._scanvi_net import bound, classify, entropy, initial
-from scdiffx.ops._vae import STEPS_AT_ONCE, VAE, add_coefficients, encode, lowered, optimizer
+from scdiffx.ops._vae import VAE, add_coefficients, encode
+from scdiffx.ops._vae_fit import STEPS_AT_ONCE, lowered, optimizer
 
 __all__ = ["ENOUGH", "Cells", "SemiSupervisedTraining", "Surroundings", "checked", "trained"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -15,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
-from scdiffx._core.minibatch import SparseRows, densify, draw, host_csr, widest
+from scdiffx._core.minibatch import SparseRows, densify, host_csr
 from scdiffx._core.random import as_seed
-from scdiffx._log import progress_bar
+from scdiffx.ops._vae_fit import trained
 
 __all__ = ["DISPERSIONS", "LIKELIHOODS", "VAE", "Training", "VAEResult"]
 
@@ -25,15 +23,11 @@ LIKELIHOODS = ("nb", "zinb")
 DISPERSIONS = ("gene", "gene-batch")
 Net = dict[str, Any]
 MIN_CELLS = 10
-# Minibatches drawn from the sparse matrix together: few enough that a large epoch takes no memory.
-STEPS_AT_ONCE = 64
 _STEPS = 5_000
 # exp(9) is a Poisson distribution for any count that occurs, and float32 still resolves the gamma function there.
 _LOG_THETA = (-7.0, 9.0)
 _LOG_STD = (-6.0, 3.0)
 _DROPOUT = 0.3
-# The dispersions lie orders of magnitude apart: at the rate of the weights they would not get there.
-_DISPERSION_RATE = 10
 
 
 class Training(NamedTuple):
@@ -91,17 +85,12 @@ class VAE:
     def init(self, x: C.Matrix, batch: Array | None = None, key: Array | None = None) -> VAE:
         if self.net is not None:
             return self
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood={self.likelihood!r} is unknown. Available: {list(LIKELIHOODS)}")
-        if self.dispersion not in DISPERSIONS:
-            raise ValueError(f"dispersion={self.dispersion!r} is unknown. Available: {list(DISPERSIONS)}")
-        if x.shape[0] < MIN_CELLS:
-            raise ValueError(f"training needs at least {MIN_CELLS} cells, got {x.shape[0]}")
+        check(self.likelihood, self.dispersion, x.shape[0])
         codes = np.zeros(x.shape[0], np.int32) if batch is None else np.asarray(batch, np.int32)
         # Training is in float32 whatever the precision of the input: its noise is that of minibatches.
         with jax.enable_x64(False):
             seed = 0 if key is None else as_seed(key)
-            net, history = _trained(self, host_csr(x), codes, seed)
+            net, history = trained(self, host_csr(x), codes, seed, initial, batch_bound)
         net, history = (jax.tree.map(lambda a: jnp.asarray(a, x.dtype), tree) for tree in (net, history))
         return replace(self, net=net, history=history)
 
@@ -152,6 +141,16 @@ class VAE:
         return {name: jnp.asarray(value, like.dtype) for name, value in self.net.items()}
 
 
+def check(likelihood: str, dispersion: str, n_cells: int) -> None:
+    """Raise where nothing can be trained."""
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood={likelihood!r} is unknown. Available: {list(LIKELIHOODS)}")
+    if dispersion not in DISPERSIONS:
+        raise ValueError(f"dispersion={dispersion!r} is unknown. Available: {list(DISPERSIONS)}")
+    if n_cells < MIN_CELLS:
+        raise ValueError(f"training needs at least {MIN_CELLS} cells, got {n_cells}")
+
+
 def layer_norm(x: Array, gain: Array, bias: Array) -> Array:
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + bias
@@ -159,10 +158,19 @@ def layer_norm(x: Array, gain: Array, bias: Array) -> Array:
 
 def encode(net: Net, x: Float[Array, "cells genes"], key: Array | None = None) -> tuple[Array, Array]:
     """Mean and standard deviation of the approximate posterior of the latent vectors; dropout only with a key."""
+    return posterior(net, read_genes(net, x), key)
+
+
+def read_genes(net: Net, x: Float[Array, "cells genes"]) -> Float[Array, "cells n_hidden"]:
+    """What the counts of genes give to the hidden layer of the encoder."""
     # Relative to the average gene of the cell: 1 on average, whatever the depth and the number of genes.
     total = x.sum(1, keepdims=True)
-    scaled = jnp.log1p(x * (x.shape[1] / jnp.where(total > 0, total, 1)))
-    h = jax.nn.relu(layer_norm(scaled @ net["encoder_in"], net["encoder_gain"], net["encoder_bias"]))
+    return jnp.log1p(x * (x.shape[1] / jnp.where(total > 0, total, 1))) @ net["encoder_in"]
+
+
+def posterior(net: Net, h: Float[Array, "cells n_hidden"], key: Array | None = None) -> tuple[Array, Array]:
+    """Mean and standard deviation of the latent vectors, from what all counts give to the hidden layer."""
+    h = jax.nn.relu(layer_norm(h, net["encoder_gain"], net["encoder_bias"]))
     if key is not None:
         h = jnp.where(jax.random.bernoulli(key, 1 - _DROPOUT, h.shape), h / (1 - _DROPOUT), 0)
     mean, log_std = jnp.split(h @ net["encoder_out"] + net["encoder_out_bias"], 2, axis=1)
@@ -171,17 +179,21 @@ def encode(net: Net, x: Float[Array, "cells genes"], key: Array | None = None) -
 
 def decode(net: Net, z: Float[Array, "cells n_latent"], batch: Int[Array, " cells"]) -> Float[Array, "cells genes"]:
     """Logits of the genes' shares."""
-    h = jax.nn.relu(z @ net["decoder_in"] + net["decoder_batch"][batch])
-    return h @ net["decoder_out"] + net["gene_bias"][batch]
+    return hidden(net, z, batch) @ net["decoder_out"] + net["gene_bias"][batch]
 
 
-def log_theta(net: Net, batch: Array) -> Float[Array, "cells_or_1 genes"]:
+def hidden(net: Net, z: Float[Array, "cells n_latent"], batch: Int[Array, " cells"]) -> Float[Array, "cells n_hidden"]:
+    """The hidden layer of the decoder."""
+    return jax.nn.relu(z @ net["decoder_in"] + net["decoder_batch"][batch])
+
+
+def log_theta(net: Net, batch: Array, name: str = "log_theta") -> Float[Array, "cells_or_1 genes"]:
     """Logarithm of the inverse dispersion, of the genes or of the genes in the cells' batches."""
-    table = jnp.clip(net["log_theta"], *_LOG_THETA)
+    table = jnp.clip(net[name], *_LOG_THETA)
     return table[batch] if table.shape[0] > 1 else table
 
 
-def _softplus(x: Array) -> Array:
+def softplus(x: Array) -> Array:
     """log(1 + exp(x)) for finite x; JAX's own spends most of its time on infinite ones."""
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
@@ -202,13 +214,13 @@ def log_kernel(
 
     With logits `dropout`, zero-inflated.
     """
-    spread = _softplus(log_mu - log_r)
+    spread = softplus(log_mu - log_r)
     waste = jnp.exp(log_r) * spread
     found = x * (log_mu - log_r - spread) - waste
     if dropout is None:
         return found
     # At 0: log(p + (1 - p) nb), with log p = d - softplus(d) and log(1 - p) = -softplus(d).
-    return jnp.where(x > 0, found, dropout + _softplus(-waste - dropout)) - _softplus(dropout)
+    return jnp.where(x > 0, found, dropout + softplus(-waste - dropout)) - softplus(dropout)
 
 
 def bound(
@@ -237,7 +249,7 @@ def reconstruction(net: Net, x: Array, z: Array, batch: Array, likelihood: str) 
     return log_kernel(x, log_mu, log_theta(net, batch), dropout).sum(1)
 
 
-def _batch_bound(
+def batch_bound(
     net: Net, rows: SparseRows, batch: Array, key: Array, likelihood: str, *, training: bool
 ) -> tuple[Array, Array]:
     """Log likelihood and divergence of the cells of a minibatch."""
@@ -250,10 +262,15 @@ def _batch_bound(
 
 def add_coefficients(net: Net, rows: SparseRows, batch: Array, fit: Array) -> Float[Array, " cells"]:
     """`fit` with the sum of :func:`coefficient` over the genes of each cell of a minibatch."""
-    size, genes = batch.shape[0], net["encoder_in"].shape[0]
-    table = jnp.clip(net["log_theta"], *_LOG_THETA)
-    row, gene = rows.position // genes, rows.position % genes
-    log_r = table[batch[jnp.minimum(row, size - 1)], gene] if table.shape[0] > 1 else table[0, gene]
+    return with_coefficients(net["log_theta"], rows, batch, fit)
+
+
+def with_coefficients(log_thetas: Array, rows: SparseRows, batch: Array, fit: Array) -> Float[Array, " cells"]:
+    """`fit` with the coefficients of all columns, given their table of log inverse dispersions."""
+    size, columns = batch.shape[0], log_thetas.shape[1]
+    table = jnp.clip(log_thetas, *_LOG_THETA)
+    row, column = rows.position // columns, rows.position % columns
+    log_r = table[batch[jnp.minimum(row, size - 1)], column] if table.shape[0] > 1 else table[0, column]
     return fit.at[row].add(coefficient(jnp.asarray(rows.data), log_r), mode="drop")
 
 
@@ -289,109 +306,3 @@ def initial(op: VAE, csr: Any, codes: np.ndarray, batches: int, rng: np.random.G
     if op.likelihood == "zinb":
         net |= {"dropout": np.zeros((latent, genes)), "dropout_bias": np.full(genes, -3.0)}
     return {name: value.astype(np.float32) for name, value in net.items()}
-
-
-def optimizer() -> Any:
-    import optax
-
-    return optax.scale_by_adam()
-
-
-def lowered(net: Net, steps: Net, rate: Any) -> Net:
-    """The weights after a step against the gradient."""
-    rates = {name: _DISPERSION_RATE * rate if name == "log_theta" else rate for name in net}
-    return {name: net[name] - rates[name] * steps[name] for name in net}
-
-
-@partial(jax.jit, static_argnames=("likelihood",), donate_argnums=(0,))
-def _train_step(
-    state: Any, rows: SparseRows, batch: Array, weight: Array, rate: Array, seed: Array, *, likelihood: str
-) -> tuple[Any, Array]:
-    """One gradient step; returns the state and the bound of the minibatch."""
-
-    def cost(net: Net) -> tuple[Array, Array]:
-        fit, divergence = _batch_bound(net, rows, batch, jax.random.key(seed), likelihood, training=True)
-        return (weight * divergence - fit).mean(), (divergence - fit).mean()
-
-    net, optimizer_state = state
-    (_, value), grads = jax.value_and_grad(cost, has_aux=True)(net)
-    steps, optimizer_state = optimizer().update(grads, optimizer_state)
-    return (lowered(net, steps, rate), optimizer_state), value
-
-
-@partial(jax.jit, static_argnames=("likelihood",))
-def _evaluate(net: Net, rows: SparseRows, batch: Array, seed: Array, *, likelihood: str) -> tuple[Array, Array]:
-    return _batch_bound(net, rows, batch, jax.random.key(seed), likelihood, training=False)
-
-
-class _Run:
-    """One training: the data, and what is compiled for them."""
-
-    def __init__(self, op: VAE, csr: Any, codes: np.ndarray, train: np.ndarray) -> None:
-        self.csr, self.codes = csr, codes
-        self.likelihood = op.likelihood
-        self.size = min(op.training.batch_size, len(train))
-        self.spare = train[: self.size]
-        self.width = widest(csr, self.size)
-
-    def minibatches(self, cells: np.ndarray) -> Iterator[tuple[SparseRows, np.ndarray]]:
-        """The cells (steps, size) in turn, with their batches."""
-        for start in range(0, len(cells), STEPS_AT_ONCE):
-            part = cells[start : start + STEPS_AT_ONCE]
-            yield from zip(draw(self.csr, part, self.width), self.codes[part], strict=True)
-
-    def epoch(self, state: Any, cells: np.ndarray, weight: float, rate: float, seed: int) -> tuple[Any, float]:
-        """One pass over the cells, less a rest that fills no minibatch; and the mean bound."""
-        cells = cells[: len(cells) // self.size * self.size].reshape(-1, self.size)
-        values = []
-        for step, (rows, batch) in enumerate(self.minibatches(cells)):
-            numbers = (np.float32(weight), np.float32(rate), np.uint32((seed + step) % 2**32))
-            state, value = _train_step(state, rows, batch, *numbers, likelihood=self.likelihood)
-            values.append(value)
-        return state, float(np.mean(values))
-
-    def evaluate(self, net: Net, cells: np.ndarray) -> tuple[float, float]:
-        """Mean negative log likelihood and divergence of the cells, with one fixed latent sample each."""
-        n = len(cells)
-        padded = np.concatenate([cells, self.spare[: -n % self.size]]).reshape(-1, self.size)
-        parts = [
-            _evaluate(net, rows, batch, np.uint32(step), likelihood=self.likelihood)
-            for step, (rows, batch) in enumerate(self.minibatches(padded))
-        ]
-        fit, divergence = (np.concatenate([np.asarray(p[i]) for p in parts])[:n].mean() for i in (0, 1))
-        return -float(fit), float(divergence)
-
-
-def _trained(op: VAE, csr: Any, codes: np.ndarray, seed: int) -> tuple[Net, dict[str, Any]]:
-    """Train on the cells that are not held out; returns the weights to keep and how training went."""
-    settings = op.training
-    rng = np.random.default_rng(seed)
-    held, train = np.split(rng.permutation(len(codes)), [max(1, round(settings.validation * len(codes)))])
-    run = _Run(op, csr, codes, train)
-    net = initial(op, csr[train], codes[train], int(codes.max()) + 1, rng)
-    state = (net, optimizer().init(net))
-    epochs = settings.epochs(len(train))
-    history: dict[str, list[float]] = {"train": [], "validation": [], "validation_nll": []}
-    best, best_epoch = net, 0
-    bar = progress_bar(epochs, "vae", settings.progress)
-    for epoch in range(epochs):
-        weight = min(1.0, (epoch + 1) / max(1, settings.warmup))
-        # Over the last third the steps shrink to nothing; with patience nobody knows when the last third is.
-        shrink = 1.0 if settings.patience is not None else min(1.0, 3 * (1 - epoch / epochs))
-        rate = settings.learning_rate * shrink
-        state, value = run.epoch(state, rng.permutation(train), weight, rate, int(rng.integers(2**31)))
-        nll, divergence = run.evaluate(state[0], held)
-        for name, entry in zip(history, (value, nll + divergence, nll), strict=True):
-            history[name].append(entry)
-        if not math.isfinite(nll + divergence):
-            raise FloatingPointError(f"the likelihood is not finite after epoch {epoch}: lower the learning rate")
-        if settings.patience is None or epoch == int(np.argmin(history["validation"])):
-            # The next step reuses the memory of the weights.
-            best, best_epoch = jax.tree.map(np.array, state[0]) if settings.patience else state[0], epoch
-        bar.set_postfix({"validation": f"{nll + divergence:.2f}"}, refresh=False)
-        bar.update()
-        # While the second term of the bound is still faded in, the first one moves the bound the wrong way.
-        if settings.patience is not None and epoch - max(best_epoch, settings.warmup) >= settings.patience:
-            break
-    bar.close()
-    return best, {name: np.asarray(values) for name, values in history.items()} | {"kept": np.asarray(best_epoch)}

@@ -14,7 +14,7 @@ from scdiffx._core import counts as C
 from scdiffx._core.fields import buffer, learnable, operator, static
 from scdiffx.ops._integration import IntegrationResult, IntegrationTraining, applied, fitted
 from scdiffx.ops._integration_models import Cells, Net, uniform
-from scdiffx.ops._vae import lowered
+from scdiffx.ops._vae_fit import lowered
 
 __all__ = ["WGANIntegrate"]
 

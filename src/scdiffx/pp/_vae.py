@@ -8,16 +8,18 @@ import numpy as np
 
 from scdiffx import ops
 from scdiffx._core.random import as_seed, one_rng
-from scdiffx._slots import Obs, Obsm, Slot, Uns, X, check_batch, matrix_of, warn_if_not_counts
+from scdiffx._slots import Modality, Obs, Obsm, Slot, Uns, X, check_batch
 from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx.pp._joint_vae import found
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 
 @public
 def vae(
-    adata: AnnData | Plan,
+    adata: AnnData | MuData | Plan,
     *,
     batch_key: str | None = None,
     likelihood: str = "nb",
@@ -29,21 +31,29 @@ def vae(
     patience: int | None = None,
     layer: str | None = None,
     key_added: str | None = None,
+    protein_key: str | None = None,
+    modalities: Sequence[str] | None = None,
     random_state: Any = None,
     rng: Any = None,
     progress: bool = True,
     copy: bool = False,
-) -> AnnData | None:
-    """Latent cells and denoised expression from a variational autoencoder of counts.
+) -> AnnData | MuData | None:
+    """Latent cells and denoised expression from a variational autoencoder of counts, of genes alone or with proteins.
 
     scVI's generative model: negative binomial counts whose mean is the cell's total count times a softmax over the
     genes, computed by a network from a latent vector and the batch. Training happens in the call, on minibatches of
     sparse counts, with a tenth of the cells held out to watch it by. Highly variable genes are enough, and faster.
 
+    With `protein_key` or `modalities`, genes and surface proteins (CITE-seq) share one latent space, as in totalVI. The
+    count of a protein is a mixture of two negative binomials, background and foreground. The background of a cell is
+    log-normal, with a prior for each protein in each batch; foreground over background, and the probability of
+    foreground, are networks of latent vector and batch. Simpler than totalVI: a cell's total count of genes stands for
+    its latent library size, each protein has one dispersion, and every protein has to be measured in every batch.
+
     Parameters
     ----------
     adata
-        Annotated data (cells x genes) with raw counts, or a plan.
+        Annotated data (cells x genes) with raw counts, or a plan. With `modalities`, a MuData.
     batch_key
         Column of `adata.obs` with the batch; the latent space is then free to ignore it.
     likelihood
@@ -62,9 +72,14 @@ def vae(
         Stop after this many epochs without a better bound on the held-out cells, and keep the best weights. By default
         all epochs run and the last weights are kept: they predict held-out molecules and mix batches better.
     layer
-        Layer with the counts, instead of `X`.
+        Layer with the counts, instead of `X`; of both modalities, of a MuData.
     key_added
         Key of `obsm` and `uns`, and prefix of the denoised values, instead of "X_vae", "vae" and "vae".
+    protein_key
+        Key of `adata.obsm` with the raw counts of proteins (cells, proteins): a data frame or an array.
+    modalities
+        The modalities of a MuData with the genes and with the proteins, in this order, such as ``("rna", "prot")``.
+        Results go to the `obsm` and `uns` of the MuData, and the layer of denoised genes to the modality.
     random_state, rng
         Seed of the initial weights, the held-out cells and the order of the minibatches.
     progress
@@ -82,23 +97,30 @@ def vae(
         Expected expression, which sums to `library_size` in each cell.
     `adata.obsm["X_vae_normalized" | f"X_{key_added}_normalized"]` : float32 (cells, len(genes)), if `genes` are named
         The same for these genes, in the order of `uns["vae"]["params"]["genes"]`.
+    `adata.obsm["X_vae_proteins" | f"X_{key_added}_proteins"]` : float32 DataFrame (cells, proteins), with proteins
+        Expected counts of proteins without background: the probability of foreground times its mean.
+    `adata.obsm["vae_foreground" | f"{key_added}_foreground"]` : float32 DataFrame (cells, proteins), with proteins
+        The probability that a protein of a cell is foreground, given its latent vector.
     `adata.uns["vae" | key_added]` : dict
-        `params`; `net`, the weights by name (``ops.VAE(net=...)`` takes them); `history`, the negative lower bound on
-        the training and on the held-out cells and the latter's `validation_nll` part in nats per cell and epoch;
-        `validation`, the held-out bound, and `validation_nll`, the held-out negative log likelihood, of the weights
-        that were kept.
+        `params`; `net`, the weights by name (``ops.VAE(net=...)`` or ``ops.JointVAE`` takes them); `history`, the
+        negative lower bound on the training and on the held-out cells and the latter's `validation_nll` part in nats
+        per cell and epoch; `validation`, the held-out bound, and `validation_nll`, the held-out negative log
+        likelihood, of the weights that were kept.
 
     Raises
     ------
     ValueError
-        If an option is unknown, a number is out of range, there are fewer than ten cells, a batch is missing, or
-        values are negative or not finite.
+        If an option is unknown, a number is out of range, there are fewer than ten cells, a batch is missing, values
+        are negative or not finite, or a modality lacks some of the cells.
     KeyError
-        If `batch_key`, `layer` or a gene does not exist.
+        If `batch_key`, `layer`, `protein_key`, a modality or a gene does not exist.
+    TypeError
+        If a MuData comes without `modalities`.
 
     References
     ----------
-    Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics.
+    Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics. Gayoso et al. (2021), Joint
+    probabilistic modeling of single-cell multi-omic data with totalVI.
 
     Examples
     --------
@@ -112,33 +134,46 @@ def vae(
     data = adata.adata if isinstance(adata, Plan) else adata
     _check_numbers(n_latent, library_size, max_epochs, patience)
     check_batch(data, batch_key)
-    matrix = matrix_of(data, layer) if not isinstance(adata, Plan) else None
-    columns, named = _columns(data, genes)
+    source = found(adata, layer, protein_key, modalities)
+    columns, named = _columns(source.genes, genes)
     key, entry, prefix = (key_added,) * 3 if key_added is not None else ("X_vae", "vae", "vae")
-    if matrix is not None:
-        warn_if_not_counts(matrix, "vae")
+    if source.modality is not None and key in data.mdata.mod:  # type: ignore[union-attr]
+        raise ValueError(
+            f"key_added={key!r} is the name of a modality, whose cells the MuData notes in `obsm[{key!r}]`"
+        )
     params = {"likelihood": likelihood, "dispersion": dispersion, "n_latent": n_latent, "library_size": library_size}
     params |= {} if batch_key is None else {"batch_key": batch_key}
     params |= {} if layer is None else {"layer": layer}
     params |= {} if named is None else {"genes": named}
 
-    def notes(op: ops.VAE, result: ops.VAEResult, args: Any) -> Mapping[Slot, Any]:
+    params |= {} if protein_key is None else {"protein_key": protein_key}
+    params |= {} if modalities is None else {"modalities": np.asarray(modalities, dtype=object)}
+    params |= {} if source.proteins is None else {"proteins": np.asarray(source.proteins, dtype=object)}
+
+    def notes(op: ops.VAE | ops.JointVAE, result: Any, args: Any) -> Mapping[Slot, Any]:
         return {Uns(entry): {"params": params, **described(op)}}
 
     writes = [Write(Obsm(key), lambda op, result: result.latent, np.float32)]
     if columns is not None:
-        slot = X(f"{prefix}_normalized") if named is None else Obsm(f"X_{prefix}_normalized")
+        slot: Slot = Obsm(f"X_{prefix}_normalized")
+        if named is None:
+            slot = X(f"{prefix}_normalized")
+            slot = slot if source.modality is None else Modality(source.modality, slot)
         writes.append(Write(slot, lambda op, result: result.normalized * library_size, np.float32))
+    if source.proteins is not None:
+        level, chance = (Obsm(name, source.proteins, frame=True) for name in _protein_keys(prefix))
+        writes.append(Write(level, lambda op, result: result.proteins, np.float32))
+        writes.append(Write(chance, lambda op, result: result.foreground, np.float32))
     step = Step(
         "vae",
-        ops.VAE(
+        (ops.VAE if source.proteins is None else ops.JointVAE)(
             columns=None if columns is None else jnp.asarray(columns, jnp.int32),
             n_latent=n_latent,
             likelihood=likelihood,
             dispersion=dispersion,
             training=ops.Training(max_epochs=max_epochs, patience=patience, progress=progress),
         ),
-        reads=(X(layer, counts=True), None if batch_key is None else Obs(batch_key, codes=True)),
+        reads=(*source.slots, None if batch_key is None else Obs(batch_key, codes=True)),
         writes=tuple(writes),
         message=f"training a variational autoencoder\n    with n_latent={n_latent}",
         notes=notes,
@@ -147,7 +182,11 @@ def vae(
     return apply(adata, step, copy=copy)
 
 
-def described(op: ops.VAE) -> dict[str, Any]:
+def _protein_keys(prefix: str) -> tuple[str, str]:
+    return f"X_{prefix}_proteins", f"{prefix}_foreground"
+
+
+def described(op: ops.VAE | ops.JointVAE) -> dict[str, Any]:
     """What `uns` holds of a trained autoencoder."""
     if op.net is None:
         return {}

@@ -152,12 +152,14 @@ def found() -> dict[str, Any]:
     return answer(in_child("report()"))
 
 
+@pytest.mark.slow
 def test_results_are_those_of_one_device(found: dict[str, Any]) -> None:
     errors = {name: entry["error"] for name, entry in found.items() if "error" in entry}
     assert len(errors) == 7
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.slow
 def test_blocks_of_cells_are_shared_out(found: dict[str, Any]) -> None:
     entry = found["products"]
     assert {blocks for blocks, _ in entry["inputs"]} == {1}  # of four
@@ -168,6 +170,7 @@ def test_blocks_of_cells_are_shared_out(found: dict[str, Any]) -> None:
     assert not [s for s in entry["sent"] if s.startswith("all-gather") and re.search(rf",{GENES}\]|\[4,", s)]
 
 
+@pytest.mark.slow
 def test_a_graph_is_shared_out_by_rows(found: dict[str, Any]) -> None:
     entry = found["graph"]
     rows, width = entry["inputs"][0]
@@ -176,6 +179,7 @@ def test_a_graph_is_shared_out_by_rows(found: dict[str, Any]) -> None:
     assert f"[{DEVICES * rows},{width}]" not in entry["program"]
 
 
+@pytest.mark.slow
 def test_imputation_is_shared_out_by_genes(found: dict[str, Any]) -> None:
     entry = found["magic"]
     each = -(-GENES // DEVICES)
@@ -186,6 +190,7 @@ def test_imputation_is_shared_out_by_genes(found: dict[str, Any]) -> None:
     assert len(whole) <= 1
 
 
+@pytest.mark.slow
 def test_minibatches_are_shared_out(found: dict[str, Any]) -> None:
     entry = found["training"]
     assert entry["dense"]

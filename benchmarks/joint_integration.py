@@ -33,7 +33,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import adjusted_rand_score
 
 import scdiffx as sd
-from scdiffx._steps import replay
+from scdiffx._calls import replay
 
 LEARN = ["harmony"]
 

@@ -31,7 +31,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 import scdiffx as sd
-from scdiffx._steps import replay
+from scdiffx._calls import replay
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LABELS = {

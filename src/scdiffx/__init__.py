@@ -35,7 +35,7 @@ _HOMES = {
     "grid": "scdiffx._fit",
     "plan": "scdiffx._fit",
     "settings": "scdiffx._log",
-    "step": "scdiffx._step",
+    "step": "scdiffx._own_step",
     "doctor": "scdiffx._doctor",
 }
 

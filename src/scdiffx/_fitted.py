@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scdiffx._calls import replay
 from scdiffx._core.fields import fields_of_kind, learnables, replace
 from scdiffx._slots import restored, tabulated
-from scdiffx._steps import Plan, initialised, replay
+from scdiffx._steps import Plan, initialised
 
 __all__ = ["FIT", "Fitted", "flat", "kept"]
 

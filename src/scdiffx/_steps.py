@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +15,10 @@ from scdiffx._core.counts import Streamed
 from scdiffx._core.devices import readable
 from scdiffx._core.fields import called, replace, structural
 from scdiffx._core.random import as_key
-from scdiffx._core.runtime import ensure_cache, one_blas_thread
+from scdiffx._core.runtime import one_blas_thread
 from scdiffx._log import Timer
+from scdiffx._signatures import complete
 from scdiffx._slots import (
-    Cells,
     Obs,
     Obsm,
     Part,
@@ -30,34 +28,20 @@ from scdiffx._slots import (
     X,
     available,
     check_history,
-    is_anndata,
-    is_mudata,
-    is_spatialdata,
     record,
-    table_of,
-    with_table,
     write_all,
-    written,
 )
 
 __all__ = [
     "Plan",
     "Step",
     "Write",
-    "analysis",
     "apply",
-    "changed_arguments",
-    "complete",
     "host_outputs",
     "initialised",
-    "public",
-    "repeat",
-    "replay",
     "restructured",
     "run_step",
 ]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Write(NamedTuple):
@@ -293,144 +277,3 @@ def apply(target: Any, step: Step, *, copy: bool = False) -> Any:
     write_all(adata, outputs)
     timer.done(", ".join(repr(getattr(slot, "key", slot)) for slot in outputs))
     return adata if copy else None
-
-
-def public(function: F) -> F:
-    """Make a function take an AnnData, what holds one, or a Plan: check which it got, and record the call on a plan."""
-    signature = inspect.signature(function)
-    name = _name(function)
-    called = _remembered(function)
-
-    @functools.wraps(function)
-    def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
-        ensure_cache()
-        if isinstance(adata, Plan):
-            given = signature.bind(adata, *args, **kwargs).arguments
-            if given.get("copy"):
-                raise ValueError("copy=True has no meaning on a plan: use `fitted.apply(adata, copy=True)`")
-            _check_no_table(kwargs)
-            result = function(adata, *args, **kwargs)
-            adata.calls.append((name, dict(list(given.items())[1:])))
-            return result
-        return _run(called, adata, args, kwargs)
-
-    _public[name] = wrapper
-    return wrapper  # type: ignore[return-value]
-
-
-def analysis(function: F) -> F:
-    """Make a function that looks at an AnnData or a plan check which it got; it is no step of the plan."""
-    called = _remembered(function)
-
-    @functools.wraps(function)
-    def wrapper(adata: Any, *args: Any, **kwargs: Any) -> Any:
-        ensure_cache()
-        return function(adata, *args, **kwargs) if isinstance(adata, Plan) else _run(called, adata, args, kwargs)
-
-    return wrapper  # type: ignore[return-value]
-
-
-def _name(function: Callable[..., Any]) -> str:
-    part = function.__module__.split(".")[1]
-    return function.__name__ if part.startswith("_") else f"{part}.{function.__name__}"
-
-
-def _remembered(function: F) -> F:
-    """The function, which enters its calls in the history of what it wrote to."""
-    signature, name = inspect.signature(function), _name(function)
-
-    @functools.wraps(function)
-    def called(data: Any, *args: Any, **kwargs: Any) -> Any:
-        check_history(data)
-        result = function(data, *args, **kwargs)
-        _enter(name, signature.bind(data, *args, **kwargs), data, result)
-        return result
-
-    return called  # type: ignore[return-value]
-
-
-def _enter(name: str, call: inspect.BoundArguments, adata: Any, result: Any) -> None:
-    """Enter a call that was made in the history of the AnnData that it wrote to."""
-    call.apply_defaults()
-    arguments = dict(list(call.arguments.items())[1:])
-    # Functions without `copy` return what they make and write nothing.
-    if "copy" in arguments:
-        record(result if arguments.pop("copy") else adata, [(name, arguments)])
-
-
-def _run(function: Callable[..., Any], data: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function on an AnnData, on the cells of a MuData, or on a table of a SpatialData."""
-    if is_mudata(data):
-        _check_no_table(kwargs)
-        result = function(Cells(data, function.__name__), *args, **kwargs)
-        return result.mdata if isinstance(result, Cells) else result
-    if is_spatialdata(data):
-        return _run_on_table(function, data, args, kwargs)
-    if not (is_anndata(data) or isinstance(data, Cells)):
-        raise TypeError(
-            f"`adata` must be an AnnData or a scdiffx plan, got {type(data).__name__} (a MuData or a SpatialData will "
-            "do too)"
-        )
-    _check_no_table(kwargs)
-    return function(data, *args, **kwargs)
-
-
-def _run_on_table(function: Callable[..., Any], sdata: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function on a table of a SpatialData; a copy is a SpatialData again."""
-    takes_key = "table_key" in inspect.signature(function).parameters
-    name, table = table_of(sdata, kwargs.get("table_key") if takes_key else None)
-    rest = {key: value for key, value in kwargs.items() if not (takes_key and key == "table_key")}
-    try:
-        result = function(table, *args, **rest)
-    except KeyError as error:
-        place = kwargs.get("spatial_key", "spatial")
-        if takes_key and place not in table.obsm:
-            error.add_note(
-                f"Of a SpatialData coordinates are read from `sdata.tables[{name!r}].obsm[{place!r}]`, and never from "
-                "its shapes: put the centres of the cells there (`spatialdata.get_centroids`), in the table's order."
-            )
-        raise
-    return with_table(sdata, name, result) if kwargs.get("copy") else result
-
-
-def _check_no_table(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("table_key") is not None:
-        raise ValueError(f"table_key={kwargs['table_key']!r} names a table of a SpatialData; this has no tables")
-
-
-_public: dict[str, Callable[..., Any]] = {}
-
-
-def _function(name: str) -> Callable[..., Any]:
-    if name not in _public:
-        raise ValueError(f"{name!r} is no step of plans in this version. Available: {sorted(_public)}")
-    return _public[name]
-
-
-def complete(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with the defaults of those that were not given, but for `adata` and `copy`."""
-    parameters = list(inspect.signature(_function(name)).parameters.values())[1:]
-    return {p.name: arguments.get(p.name, p.default) for p in parameters if p.name != "copy"}
-
-
-def changed_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, as the history has them, that differ from today's defaults."""
-    defaults = {key: written(p.default) for key, p in inspect.signature(_function(name)).parameters.items()}
-    return {
-        key: value
-        for key, value in arguments.items()
-        if key not in defaults or type(value) is not type(defaults[key]) or value != defaults[key]
-    }
-
-
-def repeat(plan: Plan, name: str, arguments: Mapping[str, Any]) -> None:
-    """Record a call on a plan by its name; only the package's own functions can be named."""
-    _function(name)(plan, **arguments)
-
-
-def replay(calls: list[tuple[str, dict[str, Any]]], adata: Any) -> Plan:
-    """A plan on another AnnData from the recorded calls of one."""
-    plan = Plan(adata)
-    for name, arguments in calls:
-        repeat(plan, name, arguments)
-    return plan

@@ -10,13 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from scdiffx._calls import replay
 from scdiffx._core.random import as_seed
 from scdiffx._core.runtime import ensure_cache
 from scdiffx._fit._objective import check_arguments, labels_of, parts_of
 from scdiffx._fit._split import Split, blind, three_ways
 from scdiffx._log import progress_bar
 from scdiffx._slots import Slot
-from scdiffx._steps import Plan, replay
+from scdiffx._steps import Plan
 from scdiffx.losses import Loss
 from scdiffx.losses._terms import Correlation, CrossEntropy, TimeOrder
 

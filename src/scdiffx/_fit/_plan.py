@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from scdiffx._calls import repeat
 from scdiffx._fitted import FIT
 from scdiffx._program import sources
+from scdiffx._signatures import changed_arguments
 from scdiffx._slots import Slot, history_of, is_anndata, left_out
-from scdiffx._steps import Plan, changed_arguments, repeat
+from scdiffx._steps import Plan
 
 __all__ = ["plan"]
 

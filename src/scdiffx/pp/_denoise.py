@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._slots import Obsm, Slot, Uns, X, genes_at, matrix_of, warn_if_not_counts
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

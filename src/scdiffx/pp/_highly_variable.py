@@ -8,10 +8,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.counts import Streamed
 from scdiffx._log import warn
 from scdiffx._slots import Obs, Slot, Uns, Var, X, available, check_counts, matrix_of, write_all
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

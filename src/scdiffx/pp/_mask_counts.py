@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._slots import X, check_counts, matrix_of, write_all
-from scdiffx._steps import Plan, public
+from scdiffx._steps import Plan
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -8,10 +8,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Distances, Leading, Obsm, Slot, Uns, Varm, X, available, write_all
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.pp._pca import N_PCS, default_keys, pca
 
 if TYPE_CHECKING:

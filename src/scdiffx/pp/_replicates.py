@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from scdiffx._calls import public
 from scdiffx._core.random import one_rng
-from scdiffx._steps import Plan, public
+from scdiffx._steps import Plan
 from scdiffx.pp._split_counts import split_counts
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._slots import Modality, Obs, Obsm, Slot, Uns, X, check_batch
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.pp._joint_vae import found
 
 if TYPE_CHECKING:

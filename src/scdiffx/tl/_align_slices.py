@@ -10,9 +10,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._log import warn
 from scdiffx._slots import Obs, Obsm, Slot, Uns, X, available, check_batch
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

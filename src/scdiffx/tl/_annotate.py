@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Slot, Uns, X, available, matrix_of
-from scdiffx._steps import Plan, Step, apply, public
+from scdiffx._steps import Plan, Step, apply
 from scdiffx.tl._annotate_markers import marker_step
 from scdiffx.tl._annotate_scanvi import scanvi_step
 from scdiffx.tl._annotation_model import (

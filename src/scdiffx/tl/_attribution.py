@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scdiffx._calls import analysis
 from scdiffx._core.association import correlations, mean_slopes
 from scdiffx._core.counts import matmul
 from scdiffx._core.random import as_seed, one_rng
@@ -17,7 +18,7 @@ from scdiffx._core.runtime import one_blas_thread
 from scdiffx._log import Timer
 from scdiffx._program import Program
 from scdiffx._slots import Obs, Obsm, Slot, Uns, Varm, X, available, write_all
-from scdiffx._steps import Plan, _cast, analysis
+from scdiffx._steps import Plan, _cast
 
 if TYPE_CHECKING:
     from anndata import AnnData

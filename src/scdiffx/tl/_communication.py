@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import warn
 from scdiffx._slots import Genes, Obs, Obsm, Slot, Uns, X, available, check_batch, check_finite, matrix_of
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.tl._ligrec_input import columns_of, neighbour_slot, pairs_of
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Labels, Obs, Obsm, Obsp, Slot, Uns, available
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.ops._fate_probabilities import PRIMINGS, SCHEMES
 from scdiffx.tl._diffmap import weights_of
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import settings, warn
 from scdiffx._slots import Obsm, Slot, Uns, Var, X, available
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

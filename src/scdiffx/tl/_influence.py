@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from scdiffx._calls import analysis
 from scdiffx._core.fields import Constraint, learnables, replace
 from scdiffx._core.runtime import one_blas_thread
 from scdiffx._log import Timer
 from scdiffx._program import Program
 from scdiffx._slots import Obs, Obsm, Slot, Uns, write_all
-from scdiffx._steps import Plan, analysis
+from scdiffx._steps import Plan
 from scdiffx.tl._attribution import column_of, result_key
 from scdiffx.tl._leave_out import table_of
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._slots import Obs, Obsm, Slot, Uns, categories
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.tl._ot_trajectory import representation
 
 if TYPE_CHECKING:

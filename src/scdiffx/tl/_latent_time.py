@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Cosines, Distances, Genes, Obs, Slot, Var, X, available
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._slots import Genes, Obs, Obsm, Slot, Uns, X, available, check_batch
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.ops._ligrec import COMPLEX_POLICIES, SHUFFLES
 from scdiffx.tl._ligrec_input import columns_of, neighbour_slot, pairs_of
 

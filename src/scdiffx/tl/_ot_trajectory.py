@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._log import warn
 from scdiffx._slots import Decoded, Genes, Obs, Obsm, Single, Slot, Uns, X, available, genes_at, preset
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_key, one_rng
 from scdiffx._slots import Decoded, Obs, Obsm, Slot, Uns, available
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.ops._ot_trajectory import barycentric, between, interpolated, time_points
 from scdiffx.tl._ot_trajectory import COUPLING, fingerprint, time_labels, time_slot
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._slots import Connectivities, Given, Obs, Obsm, Slot, Uns
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.ops._diffusion import SINGLE_TOL
 from scdiffx.tl._diffmap import warn_unconverged, weights_of
 

@@ -9,10 +9,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import Timer, warn
 from scdiffx._slots import available, check_counts, matrix_of
-from scdiffx._steps import Plan, public
+from scdiffx._steps import Plan
 from scdiffx.ops._simulate import drawn_counts
 from scdiffx.ops._simulate_estimates import Estimates, estimated
 from scdiffx.ops._splatter import new_genes

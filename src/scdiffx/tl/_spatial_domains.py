@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import settings as log_settings
 from scdiffx._slots import Obs, Obsm, Obsp, Slot, Uns, available, categories, check_batch
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.tl._ot_trajectory import representation
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._slots import Connectivities, Distances, Obsm, Slot, Uns, available, preset
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.ops._umap import STARTS
 from scdiffx.ops._umap_start import curve
 

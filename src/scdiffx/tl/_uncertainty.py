@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from scdiffx._calls import analysis, replay
 from scdiffx._core.random import as_seed, one_rng
 from scdiffx._log import Timer, progress_bar
 from scdiffx._slots import Obs, Obsm, X, check_counts, matrix_of, write_all
-from scdiffx._steps import Plan, analysis, replay
+from scdiffx._steps import Plan
 from scdiffx.tl._attribution import column_of
 
 if TYPE_CHECKING:

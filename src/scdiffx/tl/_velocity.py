@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._log import warn
 from scdiffx._slots import Connectivities, Slot, Uns, Var, X, available, genes_at, matrix_of
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 from scdiffx.tl._dynamics import dynamics_step, warn_few
 
 if TYPE_CHECKING:

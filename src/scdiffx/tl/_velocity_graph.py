@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdiffx import ops
+from scdiffx._calls import public
 from scdiffx._slots import Cosines, Distances, Genes, Obs, Slot, Uns, Var, X, available
-from scdiffx._steps import Plan, Step, Write, apply, public
+from scdiffx._steps import Plan, Step, Write, apply
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -78,7 +78,7 @@ class JointVAE:
 
     def __call__(self, x: C.Matrix, y: C.Matrix, batch: Int[Array, " cells"] | None = None) -> JointVAEResult:
         net, codes = self._net(x), _codes(x, batch)
-        given = C.map_rows(x, lambda block: read_genes(net, block)) + read_proteins(net, _dense(y, x.dtype))
+        given = C.map_rows(x, lambda block: read_genes(net, block)) + read_proteins(net, C.dense(y).astype(x.dtype))
         mean, std = posterior(net, given)
         found = decode_proteins(net, mean, codes)
         foreground = jax.nn.sigmoid(found.logit)
@@ -100,7 +100,7 @@ class JointVAE:
         """The negative evidence lower bound in nats per cell, with one latent sample per cell."""
         net, n = self._net(x), x.shape[0]
         rows = x.block_rows if isinstance(x, C.Counts) else min(C.BLOCK_ROWS, n)
-        proteins = _dense(y, x.dtype)
+        proteins = C.dense(y).astype(x.dtype)
         noise = jax.random.normal(
             jax.random.key(0) if key is None else key, (n, self.n_latent + proteins.shape[1]), x.dtype
         )
@@ -126,8 +126,3 @@ class JointVAE:
 
 def _codes(x: C.Matrix, batch: Array | None) -> Int[Array, " cells"]:
     return jnp.zeros(x.shape[0], jnp.int32) if batch is None else batch
-
-
-def _dense(y: C.Matrix, dtype: Any) -> Float[Array, "cells proteins"]:
-    """Proteins are few."""
-    return (C.map_rows(y, lambda block: block) if isinstance(y, C.Counts) else y).astype(dtype)

@@ -1,6 +1,6 @@
 """Regulation by ridge regression and the lasso beside GENIE3, correlation and chance: simulated and measured networks.
 
-    python benchmarks/grn.py [--trees 100] [--halves 50] [--gat]
+    python benchmarks/grn.py [--trees 100] [--halves 50] [--gat] [--only sergio_ds7 | grn_mdc]
 
 Average precision over all pairs of a factor and another gene, divided by the share of true edges. GENIE3 is a random
 forest a gene, each gene scaled to variance 1, importances as reductions of variance that are not normalised
@@ -107,7 +107,15 @@ def main() -> None:
     parser.add_argument("--trees", type=int, default=100)
     parser.add_argument("--halves", type=int, default=50)
     parser.add_argument("--gat", action="store_true")
+    parser.add_argument("--only", choices=("sergio_ds7", "grn_mdc"))
     args = parser.parse_args()
+    if args.only != "grn_mdc":
+        simulated(args)
+    if args.only != "sergio_ds7":
+        measured(args)
+
+
+def simulated(args: argparse.Namespace) -> None:
     adata = ad.read_h5ad(DATA / "sergio_ds7" / "sergio_ds7.h5ad")
     clean = adata.to_df().to_numpy(np.float64)
     edges = pd.read_csv(DATA / "sergio_ds7" / "gt_GRN.csv", header=None).to_numpy()
@@ -124,6 +132,8 @@ def main() -> None:
         logs = np.log1p(counts / np.maximum(total, 1) * np.median(total))
         row(f"{depth} counts a gene, logarithms", logs, adata.var_names, tfs, known, args)
 
+
+def measured(args: argparse.Namespace) -> None:
     adata = ad.read_h5ad(DATA / "grn_mdc" / "grn_mdc.h5ad")
     x = adata.to_df().to_numpy(np.float64)
     args.trees = min(args.trees, 20)

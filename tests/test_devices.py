@@ -23,7 +23,7 @@ from scdiffx import ops
 from scdiffx._core import counts as C
 from scdiffx._core import devices
 from scdiffx._core.minibatch import densify, draw, widest
-from scdiffx.ops import _vae
+from scdiffx.ops import _vae, _vae_fit
 
 DEVICES = 4
 # Neither is a multiple of the devices, and a thousand cells fill no whole number of blocks.
@@ -83,9 +83,10 @@ def training() -> dict[str, Any]:
     with jax.set_mesh(mesh()):
         several = op.init(ops.Counts.from_scipy(counts()[:210]))
         rows = draw(counts(), np.arange(128)[None], widest(counts(), 128))[0]
-        state = (one.net, _vae.optimizer().init(one.net))
+        state = (one.net, _vae_fit.optimizer().init(one.net))
         numbers = (np.float32(1), np.float32(1e-3), np.uint32(0))
-        step = _vae._train_step.lower(state, rows, np.zeros(128, np.int32), *numbers, likelihood="nb").compile()
+        program = {"terms": _vae.batch_bound, "likelihood": "nb"}
+        step = _vae_fit._train_step.lower(state, rows, np.zeros(128, np.int32), *numbers, **program).compile()
         dense = densify(rows, 128, GENES)
     weights = ("encoder_in", "encoder_out", "decoder_in", "decoder_out")
     return {

@@ -39,6 +39,12 @@ def _read(name: str) -> ad.AnnData:
     return ad.read_h5ad(path)
 
 
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage pass over what was imported: it is much, and stays."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
     """Drop what a file has compiled: a program holds several memory maps, of which Linux allows a process 65,530."""

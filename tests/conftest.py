@@ -17,6 +17,10 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Where in Python each operation stands makes programs larger, and their compilation a little slower.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+# Numba optimises as little, by which scanpy and umap-learn compile for half a minute.
+os.environ.setdefault("NUMBA_OPT", "0")
 
 import anndata as ad
 import jax

@@ -16,8 +16,8 @@ LEARN = ["highly_variable_genes.shift", "neighbors.bandwidth"]
 
 @pytest.fixture(scope="module")
 def data(_paul15):
-    """360 cells and 300 genes, logged, with an invented time that follows erythroid genes, and labels."""
-    adata = _paul15[::7].copy()[:360].copy()
+    """250 cells and 300 genes, logged, with an invented time that follows erythroid genes, and labels."""
+    adata = _paul15[::7].copy()[:250].copy()
     sd.pp.normalize_total(adata, target_sum=1e4)
     sd.pp.log1p(adata)
     sd.pp.highly_variable_genes(adata, n_top_genes=300, subset=True)

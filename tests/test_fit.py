@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import scdiffx as sd
+from helpers import compilations
 from scdiffx._slots import Obsm, Var
 
 LEARN = ["highly_variable_genes.shift", "neighbors.bandwidth"]
@@ -16,8 +17,8 @@ LEARN = ["highly_variable_genes.shift", "neighbors.bandwidth"]
 
 @pytest.fixture(scope="module")
 def data(_paul15):
-    """250 cells and 300 genes, logged, with an invented time that follows erythroid genes, and labels."""
-    adata = _paul15[::7].copy()[:250].copy()
+    """360 cells and 300 genes, logged, with an invented time that follows erythroid genes, and labels."""
+    adata = _paul15[::7].copy()[:360].copy()
     sd.pp.normalize_total(adata, target_sum=1e4)
     sd.pp.log1p(adata)
     sd.pp.highly_variable_genes(adata, n_top_genes=300, subset=True)
@@ -169,7 +170,10 @@ def test_labels_fit_a_projection_with_a_readout(data):
     sd.pp.pca(plan, n_comps=5)
     plan.adata.obs.loc[plan.adata.obs_names[:30], "label"] = np.nan
     loss = sd.losses.cross_entropy("X_pca", "label") + 0.01 * sd.losses.l1("gene_weight")
-    fitted = sd.fit(plan, loss, n_steps=10, holdout=None, test=None, progress=False)
+    with compilations() as programs:
+        fitted = sd.fit(plan, loss, n_steps=10, holdout=None, test=None, progress=False)
+    # Not once more where the structure is found anew for what was learned.
+    assert programs.count("jit(_losses)") == 1
     assert fitted.adopted
     assert fitted.losses["train_after"] < fitted.losses["train_before"]
 

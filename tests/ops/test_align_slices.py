@@ -158,8 +158,8 @@ def test_a_centre_of_parts_has_derivatives_and_a_mean_expression() -> None:
     rows = np.r_[:18, SIZES[0] : SIZES[0] + 16]
     counts, spots, batch = counts[rows][:, :40], spots[rows], np.repeat([0, 1], [18, 16])
     limits = ops.SliceLimits(tol=1e-12)
-    # Arrays, as in the differences below: both run one compiled program.
-    values = {name: jnp.asarray(v) for name, v in {"alpha": 0.2, "epsilon": 0.1, "overlap": 0.8}.items()}
+    # Arrays of a firm type, as in the differences below: both run one compiled program.
+    values = {name: jnp.asarray(np.float64(v)) for name, v in {"alpha": 0.2, "epsilon": 0.1, "overlap": 0.8}.items()}
     op, result = run(counts, spots, batch, reference="center", limits=limits, **values)
     plan, profiles = np.asarray(result.plan), np.zeros((2, 18, 40))
     for k in range(2):

@@ -60,8 +60,11 @@ def directional_fd(
     """
 
     def moved(a: Any, d: Any, t: float) -> Any:
-        # By NumPy: JAX would compile a sum and a product for each shape.
-        return jnp.asarray(np.asarray(a) + t * np.asarray(d), a.dtype) if isinstance(a, jax.Array) else a + t * d
+        if not isinstance(a, jax.Array):
+            return a + t * d
+        # By NumPy, or JAX would compile a sum and a product for each shape; of the same type, or `f` for another one.
+        value = np.asarray(a) + t * np.asarray(d)
+        return jnp.asarray(float(value)) if a.weak_type and not a.ndim else jnp.asarray(value, a.dtype)
 
     def at(t: float) -> float:
         return float(f(jax.tree.map(functools.partial(moved, t=t), x, direction)))

@@ -196,13 +196,15 @@ def squidpy_ligrec(adata: Any, pairs: Any, n_perms: int) -> Result:
 
     settings = {"n_perms": n_perms, "copy": True, "show_progress_bar": False, "use_raw": False, "n_jobs": 1}
     found = sq.gr.ligrec(adata, "label", interactions=pairs, seed=0, **settings)
-    return {"x": found["means"].astype(float).sum(axis=1)}
+    tested = found["pvalues"].astype(float).stack([0, 1], future_stack=True).dropna()
+    return {"x": found["means"].astype(float).stack([0, 1], future_stack=True)[tested.index], "p": tested}
 
 
-def genie3(adata: Any, n_tfs: int, trees: int) -> Result:
+def genie3(adata: Any, trees: int) -> Result:
     from grn import genie3 as forests
 
-    return {"x": forests(np.asarray(adata.X.todense(), np.float64), np.arange(n_tfs), trees)}
+    factors = np.unique(np.asarray(adata.uns["edges"])[:, 0])
+    return {"x": forests(np.asarray(adata.X.todense(), np.float64), factors, trees)}
 
 
 def scipy_distances(adata: Any, genes: int) -> Result:

@@ -87,6 +87,17 @@ def archetypes(adata: Any) -> dict[str, Any]:
     return {"weights": adata.obsm["archetype_weights"], "positions": adata.uns["archetypes"]["positions"]}
 
 
+def kmeans(adata: Any) -> dict[str, Any]:
+    """Of five seeds: one start in six finds the best clusters of these cells, on both sides, and one seed is luck."""
+    import scdiffx as sd
+
+    runs = []
+    for seed in range(5):
+        sd.tl.kmeans(adata, TYPES, n_init=5, random_state=seed)
+        runs.append(adata.obs["kmeans"].to_numpy(str))
+    return {"runs": runs, "labels": runs[0]}
+
+
 def transported(adata: Any) -> dict[str, Any]:
     """Fates of the earlier cells."""
     import scdiffx as sd
@@ -260,10 +271,9 @@ CASES = (
         "tl.diffmap", "graph", **both("tl.diffmap", embedding("X_diffmap")),
         score=scores.label_accuracy, agree=scores.columns,
     ),
-    # One start in six finds the best clusters of these cells, on both sides: few starts would compare their luck.
     Case(
-        "tl.kmeans", "components", ours("tl.kmeans", kept("obs", "kmeans", "labels", str), TYPES, n_init=30),
-        (peer("scikit-learn", peers.scikit_kmeans, "sklearn", k=TYPES, n_init=30),), scores.inertia, scores.same_labels,
+        "tl.kmeans", "components", kmeans, (peer("scikit-learn", peers.scikit_kmeans, "sklearn", k=TYPES, n_init=5),),
+        scores.inertia, scores.same_labels,
     ),
     Case(
         "tl.leiden", "graph", ours("tl.leiden", LEIDEN),
@@ -287,8 +297,8 @@ CASES = (
     Case(
         "tl.annotate (scanvi)", "half known",
         ours("tl.annotate", kept("obs", "annotation", "labels", str), "scanvi", labels_key="known", layer="counts",
-             max_epochs=EPOCHS),
-        (peer("scvi-tools", peers.scvi_scanvi, "scvi", epochs=EPOCHS),), scores.annotated, most=20_000,
+             max_epochs=3 * EPOCHS),
+        (peer("scvi-tools", peers.scvi_scanvi, "scvi", epochs=3 * EPOCHS),), scores.annotated, most=20_000,
     ),
     Case(
         "tl.pseudotime", "graph", ours("tl.pseudotime", PSEUDOTIME),
@@ -298,7 +308,7 @@ CASES = (
     Case(
         "tl.fate_probabilities", "trajectory",
         ours("tl.fate_probabilities", embedding("lineages_fwd"), groupby="terminal"),
-        (peer("cellrank", peers.cellrank_fates),), agree=scores.columns,
+        (peer("cellrank", peers.cellrank_fates, most=20_000),), agree=scores.columns,
     ),
     Case(
         "tl.ot_trajectory", "trajectory", transported,

@@ -93,10 +93,19 @@ def partition(adata: ad.AnnData, found: Found) -> dict[str, float]:
 
 
 def inertia(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    """Mean squared distance to the mean of the cluster, over the variance."""
-    z, label = np.asarray(adata.obsm["X_pca"], np.float64), np.unique(found["labels"], return_inverse=True)[1]
-    centre = np.stack([np.bincount(label, column) for column in z.T], 1) / np.bincount(label)[:, None]
-    return {"inertia": float(np.square(z - centre[label]).sum(1).mean() / z.var(0).sum()), **clusters(adata, found)}
+    """Mean squared distance to the mean of the cluster, over the variance; means over the runs."""
+    z = np.asarray(adata.obsm["X_pca"], np.float64)
+
+    def of(labels: Any) -> float:
+        label = np.unique(labels, return_inverse=True)[1]
+        centre = np.stack([np.bincount(label, column) for column in z.T], 1) / np.bincount(label)[:, None]
+        return float(np.square(z - centre[label]).sum(1).mean() / z.var(0).sum())
+
+    runs = found["runs"]
+    return {
+        "inertia": float(np.mean([of(labels) for labels in runs])),
+        "ARI": float(np.mean([clusters(adata, {"labels": labels})["ARI"] for labels in runs])),
+    }
 
 
 def hull(adata: ad.AnnData, found: Found) -> dict[str, float]:

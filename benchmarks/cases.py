@@ -110,6 +110,13 @@ def transported(adata: Any) -> dict[str, Any]:
     return {"x": fate.to_numpy()[earlier]}
 
 
+def fates(adata: Any) -> dict[str, Any]:
+    import scdiffx as sd
+
+    sd.tl.fate_probabilities(adata, list(adata.obs["terminal"].cat.categories), "terminal")
+    return {"z": adata.obsm["lineages_fwd"]}
+
+
 def drivers(adata: Any) -> dict[str, Any]:
     import scdiffx as sd
 
@@ -306,8 +313,7 @@ CASES = (
         agree=scores.rank_correlation,
     ),
     Case(
-        "tl.fate_probabilities", "trajectory",
-        ours("tl.fate_probabilities", embedding("lineages_fwd"), groupby="terminal"),
+        "tl.fate_probabilities", "trajectory", fates,
         (peer("cellrank", peers.cellrank_fates, most=20_000),), agree=scores.columns,
     ),
     Case(

@@ -170,7 +170,8 @@ def trajectory(adata: ad.AnnData) -> ad.AnnData:
 
 
 def fates(adata: ad.AnnData) -> ad.AnnData:
-    sd.tl.fate_probabilities(trajectory(adata), groupby="terminal")
+    trajectory(adata)
+    sd.tl.fate_probabilities(adata, list(adata.obs["terminal"].cat.categories), "terminal")
     adata.obsm["lineages_fwd"] = np.asarray(adata.obsm["lineages_fwd"])
     return adata
 

@@ -67,7 +67,7 @@ def test_a_plan_from_a_history_gives_the_same(adata: ad.AnnData, form: str, tmp_
     plan.apply()
     found, expected = contents(raw), contents(adata)
     assert set(found) == set(expected)
-    # Sums over cells are rounded by where they lie in memory: 1e-6 of the largest score, which is 16.
+    # A plan and a call are two programs, whose sums are rounded differently.
     different = [path for path in expected if not same(found[path], expected[path], rtol=1e-5, atol=1e-4)]
     assert not different
 

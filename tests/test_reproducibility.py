@@ -11,8 +11,10 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import scdiffx as sd
+from helpers import pbmc_counts
 
 _CELLS = 1100  # more than one block of rows
 
@@ -76,3 +78,46 @@ def test_processes_and_threads_agree_to_rounding(data_dir: Path, tmp_path: Path)
         assert off["variance"] < 1e-5
         assert off["pca"] < 1e-3
         np.testing.assert_allclose(other["pseudotime"], two["pseudotime"], atol=0.02)
+
+
+_threads: list[int] = []
+
+
+def _note_threads() -> None:
+    _threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+
+@sd.ops.operator
+class _Noting:
+    """Notes on how many threads LAPACK works where an operator is prepared and where it is called."""
+
+    slope: Any = sd.ops.learnable(default=1.0)
+
+    def init(self, z: Any, key: Any = None) -> _Noting:
+        _note_threads()
+        return self
+
+    def __call__(self, z: Any) -> Any:
+        _note_threads()
+        return z * self.slope
+
+
+def test_lapack_works_on_one_thread() -> None:
+    # On more, how OpenBLAS shares work out depends on the load, and the last digits of eigenvectors with it.
+    adata = pbmc_counts(60, 20)
+    adata.obsm["X_z"] = adata.X.toarray()[:, :3]
+    for use in (lambda data: sd.step(data, _Noting(), reads="obsm/X_z", writes="obsm/X_new"), _fit_and_look):
+        _threads.clear()
+        use(adata)
+        assert len(_threads) >= 2
+        assert set(_threads) == {1}
+
+
+def _fit_and_look(adata: ad.AnnData) -> None:
+    plan = sd.plan(adata)
+    sd.step(plan, _Noting(), reads="obsm/X_z", writes="obsm/X_new")
+    loss = sd.losses.l1("X_new")
+    sd.fit(plan, loss, n_steps=2, progress=False)
+    n = len(_threads)
+    sd.metrics.gradient_flow(plan, loss)
+    assert len(_threads) > n

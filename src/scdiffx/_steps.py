@@ -118,8 +118,8 @@ def run_step(
     with jax.enable_x64(True) if double else contextlib.nullcontext():
         if double:
             args = _cast(args, jnp.float64)
-        op = prepare(step.op if op is None else op, args, as_key(step.rng))
         with one_blas_thread():
+            op = prepare(step.op if op is None else op, args, as_key(step.rng))
             # What is streamed is read from the host between compiled parts.
             whole = step.compiled and not any(isinstance(arg, Streamed) for arg in args)
             return op, readable(jax.block_until_ready(called(op, *args) if whole else op(*args)))

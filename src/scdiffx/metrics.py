@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._core.random import as_seed
-from scdiffx._core.runtime import ensure_cache
+from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._fit._split import Split
 from scdiffx._fit._training import Run
 from scdiffx._program import Program, norm
@@ -54,6 +54,7 @@ class GradientFlow(NamedTuple):
     error: dict[str, float]
 
 
+@one_blas_thread()
 def gradient_flow(
     plan: Plan, loss: Loss, *, learn: Any = None, n_directions: int = 4, step: float = 1e-5, rng: Any = 0
 ) -> GradientFlow:

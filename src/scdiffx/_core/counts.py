@@ -137,13 +137,23 @@ def map_rows(x: Rows, f: Callable[[Array], Array]) -> Array:
     if isinstance(x, Streamed):
         return x.by_rows(lambda piece: map_rows(piece, f))
     parts, _, expand = _blocks(x, shared=True)
-    body = jax.checkpoint(lambda part: f(expand(part)))
-    if n_parts() == 1:
-        out = jax.lax.map(body, parts)
-    else:
-        out = in_parts(lambda part: jax.lax.map(body, part), parts)
-        out = out.reshape(-1, *out.shape[2:])
+    out = _in_turn(lambda part: f(expand(part)), parts)
     return out.reshape(-1, *out.shape[2:])[: n_rows(x)]
+
+
+def _in_turn(f: Callable[[Any], T], parts: Any) -> T:
+    """What `f` gives for each block, one after the other on each device; nothing is kept for the way back."""
+    body = jax.checkpoint(f)
+    if n_parts() == 1:
+        return jax.lax.map(body, parts)
+    out = in_parts(lambda part: jax.lax.map(body, part), parts)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+
+def _of_stored(x: Counts, f: Callable[..., T], *by_block: Array) -> T:
+    """``f(data, position, *by_block)`` of the stored values of each block: what it makes of them stays in the cache."""
+    parts = padded(x.data), padded(x.position, fill=x.block_rows * x.shape[1]), *(padded(a) for a in by_block)
+    return jax.tree.map(lambda a: a[: x.data.shape[0]], _in_turn(lambda part: f(*part), parts))
 
 
 @_one_program()
@@ -173,17 +183,35 @@ def row_sums(x: Rows) -> Float[Array, " cells"]:
         return x.sum(1)
     if _crowded(x):
         return map_rows(x, lambda block: block.sum(1))
-    sums = jax.vmap(lambda d, r: jnp.zeros(x.block_rows, d.dtype).at[r].add(d, mode="drop", indices_are_sorted=True))
-    return sums(x.data, x.row).reshape(-1)[: n_rows(x)]
+    rows, genes = x.block_rows, x.shape[1]
+
+    def of_block(data: Array, position: Array) -> Array:
+        at = jnp.zeros(rows, data.dtype).at[position // genes]
+        return at.add(data, mode="drop", indices_are_sorted=True)
+
+    return _of_stored(x, of_block).reshape(-1)[: n_rows(x)]
 
 
 @_one_program()
 def rows_to_values(x: Counts, v: Array, pad: int = 0) -> Array:
     """What `v` (cells,) holds for the cell of each stored value (blocks, nnz); `pad` at pads."""
+    return _of_stored(x, _row_value(x), _by_block(x, v, pad))
+
+
+def _by_block(x: Counts, v: Array, pad: int = 0) -> Array:
+    """A value for each cell as (blocks, rows + 1): the last is the row of pads."""
     blocks, rows = x.data.shape[0], x.block_rows
-    padded = jnp.pad(v, (0, blocks * rows - n_rows(x))).reshape(blocks, rows)
-    padded = jnp.pad(padded, ((0, 0), (0, 1)), constant_values=pad)  # the row of pads
-    return jax.vmap(lambda f, r: f.at[r].get(mode="promise_in_bounds", indices_are_sorted=True))(padded, x.row)
+    each = jnp.pad(v, (0, blocks * rows - n_rows(x))).reshape(blocks, rows)
+    return jnp.pad(each, ((0, 0), (0, 1)), constant_values=pad)
+
+
+def _row_value(x: Counts) -> Callable[[Array, Array, Array], Array]:
+    genes = x.shape[1]
+
+    def of_block(data: Array, position: Array, values: Array) -> Array:
+        return values.at[position // genes].get(mode="promise_in_bounds", indices_are_sorted=True)
+
+    return of_block
 
 
 @_one_program("n_groups")
@@ -201,7 +229,8 @@ def scale_rows(x: R, factor: Float[Array, " cells"]) -> R:
         return x.changed(scale_rows, factor)
     if not isinstance(x, Counts):
         return x * factor[:, None]
-    return x.with_data(x.data * rows_to_values(x, factor))
+    value = _row_value(x)
+    return x.with_data(_of_stored(x, lambda d, p, v: d * value(d, p, v), _by_block(x, factor)))
 
 
 @_one_program()
@@ -220,14 +249,16 @@ def take_columns(x: R, columns: Int[Array, " selected"]) -> R:
         return x.changed(lambda piece: take_columns(piece, columns), genes=len(columns))
     if not isinstance(x, Counts):
         return x[:, columns]
-    selected = columns.shape[0]
-    place = jnp.full(x.shape[1] + 1, -1, jnp.int32).at[columns].set(jnp.arange(selected, dtype=jnp.int32))
-    new = place[x.column]
-    past_the_end = x.block_rows * selected
-    kept = (new >= 0) & (x.row < x.block_rows)
-    position = jnp.where(kept, x.row * selected + new, past_the_end)
-    # Dropped values become zeros, so that sums over the stored values see the selected genes alone.
-    data = jnp.where(kept, x.data, 0)
+    selected, genes, rows = columns.shape[0], x.shape[1], x.block_rows
+    place = jnp.full(genes, -1, jnp.int32).at[columns].set(jnp.arange(selected, dtype=jnp.int32))
+
+    def of_block(data: Array, position: Array) -> tuple[Array, Array]:
+        new = place[position % genes]
+        kept = (new >= 0) & (position < rows * genes)
+        # Dropped values become zeros, so that sums over the stored values see the selected genes alone.
+        return jnp.where(kept, data, 0), jnp.where(kept, position // genes * selected + new, rows * selected)
+
+    data, position = _of_stored(x, of_block)
     return Counts(data, position, (x.shape[0], selected), x.block_rows)
 
 
@@ -243,8 +274,9 @@ def column_sums(x: Rows, f: Callable[[Array], Array] = lambda v: v) -> Float[Arr
     if _crowded(x):
         zero = jnp.zeros(x.shape[1], x.dtype)
         return fold_rows(x.with_data(f(x.data)), lambda total, block, _: total + block.sum(0), zero, adds=True)
-    sums = jax.vmap(lambda d, c: jnp.zeros(x.shape[1], d.dtype).at[c].add(d))
-    return sums(f(x.data), x.column).sum(0)
+    genes = x.shape[1]
+    sums = _of_stored(x, lambda d, p: jnp.zeros(genes, d.dtype).at[p % genes].add(f(d)))
+    return sums.sum(0)
 
 
 def detections(x: Rows) -> Float[Array, " genes"]:
@@ -262,9 +294,8 @@ def column_moments(x: Rows) -> tuple[Float[Array, " genes"], Float[Array, " gene
     n = n_rows(x)
     mean = column_sums(x) / n
     if isinstance(x, Counts):
-        centred = jnp.where(x.row < x.block_rows, x.data - mean[x.column], 0)
-        non_zero = column_sums(x.with_data(jnp.where(x.row < x.block_rows, jnp.ones_like(x.data), 0)))
-        squares = column_sums(x.with_data(centred**2)) + (n - non_zero) * mean**2
+        squares, stored = _squares(x, mean)
+        squares = squares + (n - stored) * mean**2
     elif isinstance(x, Streamed):
         zero = jnp.zeros(x.shape[1], x.dtype)
         squares = fold_rows(
@@ -273,6 +304,19 @@ def column_moments(x: Rows) -> tuple[Float[Array, " genes"], Float[Array, " gene
     else:
         squares = ((x - mean) ** 2).sum(0)
     return mean, squares / max(n - 1, 1)
+
+
+def _squares(x: Counts, mean: Array) -> Array:
+    """For each gene the sum of the squares of what is stored, from `mean`, and how many that are: (2, genes)."""
+    genes, end = x.shape[1], x.block_rows * x.shape[1]
+
+    def of_block(data: Array, position: Array) -> Array:
+        at, held = position % genes, position < end
+        square = jnp.where(held, (data - mean[at]) ** 2, 0)
+        zero = jnp.zeros(genes, data.dtype)
+        return jnp.stack([zero.at[at].add(square), zero.at[at].add(held.astype(data.dtype))])
+
+    return _of_stored(x, of_block).sum(0)
 
 
 @_one_program()

@@ -74,15 +74,21 @@ class Counts:
         blocks = divisible(-(-n // rows))
         starts = csr.indptr[np.minimum(np.arange(0, (blocks + 1) * rows, rows), n)]
         longest = _bucket(int(np.diff(starts).max(initial=1))) if longest is None else longest
-        data = _aligned((blocks, longest), np.dtype(dtype or csr.dtype), 0)
-        position = _aligned((blocks, longest), np.dtype(np.int32), rows * genes)
+        data = _aligned((blocks, longest), np.dtype(dtype or csr.dtype))
+        position = _aligned((blocks, longest), np.dtype(np.int32))
         degree = np.diff(csr.indptr)
         offset = ((np.arange(n) % rows) * genes).astype(np.int32)
         for b in range(blocks):
             lo, hi = starts[b], starts[b + 1]
             data[b, : hi - lo] = csr.data[lo:hi]
             cells = slice(b * rows, (b + 1) * rows)
-            position[b, : hi - lo] = np.repeat(offset[cells], degree[cells]) + csr.indices[lo:hi]
+            np.add(
+                np.repeat(offset[cells], degree[cells]),
+                csr.indices[lo:hi],
+                out=position[b, : hi - lo],
+                casting="unsafe",
+            )
+            data[b, hi - lo :], position[b, hi - lo :] = 0, rows * genes
         # Nobody else holds these arrays, so the device may take them as they are.
         data_there, position_there = (
             jax.device_put(a, may_alias=True) if n_parts() == 1 else place(a) for a in (data, position)
@@ -129,14 +135,12 @@ class Packer:
         return Counts.from_scipy(padded, self.dtype, self.length)
 
 
-def _aligned(shape: tuple[int, int], dtype: np.dtype, fill: int) -> np.ndarray:
-    """A host array that starts where JAX on a CPU wants it to, which saves a copy."""
+def _aligned(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """An empty host array that starts where JAX on a CPU wants it to, which saves a copy."""
     size = shape[0] * shape[1] * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    array = raw[start : start + size].view(dtype).reshape(shape)
-    array.fill(fill)
-    return array
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _bucket(length: int) -> int:

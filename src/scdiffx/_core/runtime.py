@@ -29,7 +29,9 @@ def one_blas_thread() -> Iterator[None]:
     """A scope in which LAPACK works on one thread.
 
     JAX calls it for the small dense matrices inside iterations. OpenBLAS's threads and JAX's own then wait for each
-    other, busily: an eigendecomposition of a 60 x 60 matrix takes 40 ms of processor time instead of 0.3 ms.
+    other, busily: an eigendecomposition of a 60 x 60 matrix takes 40 ms of processor time instead of 0.3 ms. And how
+    OpenBLAS shares work out depends on what else runs at that moment: the last digits of eigenvectors differed from
+    call to call.
     """
     with _blas().limit(limits=1, user_api="blas"):
         yield

@@ -12,7 +12,7 @@ import numpy as np
 
 from scdiffx._calls import replay
 from scdiffx._core.random import as_seed
-from scdiffx._core.runtime import ensure_cache
+from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._fit._objective import check_arguments, labels_of, parts_of
 from scdiffx._fit._split import Split, blind, three_ways
 from scdiffx._log import progress_bar
@@ -48,6 +48,7 @@ class Grid:
     plan: Plan
 
 
+@one_blas_thread()
 def grid(
     plan: Plan,
     loss: Loss,

@@ -10,7 +10,7 @@ import numpy as np
 
 from scdiffx._core.fields import learnables
 from scdiffx._core.random import as_seed
-from scdiffx._core.runtime import ensure_cache
+from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._fit._checkpoint import Checkpoint
 from scdiffx._fit._controls import direct_predictor
 from scdiffx._fit._objective import check_arguments
@@ -25,6 +25,7 @@ from scdiffx.losses import Loss
 __all__ = ["fit"]
 
 
+@one_blas_thread()
 def fit(
     plan: Plan,
     loss: Loss,

@@ -291,21 +291,23 @@ CASES = (
         "tl.archetypes", "components", ours("tl.archetypes", archetypes, 4, n_init=2, n_bootstrap=0),
         (peer("partipy", peers.partipy, k=4, n_init=2, most=20_000),), scores.hull,
     ),
+    # The peers leave no cell unassigned.
     Case(
         "tl.annotate (celltypist)", "half known",
-        ours("tl.annotate", kept("obs", "annotation", "labels", str), labels_key="known"),
+        ours("tl.annotate", kept("obs", "annotation", "labels", str), labels_key="known", threshold=0.0),
         (peer("celltypist", peers.celltypist),), scores.annotated,
     ),
     Case(
         "tl.annotate (cellassign)", "named genes",
-        ours("tl.annotate", kept("obs", "annotation", "labels", str), "cellassign", markers=MARKERS, layer="counts"),
+        ours("tl.annotate", kept("obs", "annotation", "labels", str), "cellassign", markers=MARKERS, layer="counts",
+             threshold=0.0),
         (peer("scvi-tools", peers.cellassign, "scvi", markers=MARKERS, epochs=100),), scores.annotated, most=50_000,
     ),
     Case(
         "tl.annotate (scanvi)", "half known",
         ours("tl.annotate", kept("obs", "annotation", "labels", str), "scanvi", labels_key="known", layer="counts",
-             max_epochs=3 * EPOCHS),
-        (peer("scvi-tools", peers.scvi_scanvi, "scvi", epochs=3 * EPOCHS),), scores.annotated, most=20_000,
+             max_epochs=EPOCHS, threshold=0.0),
+        (peer("scvi-tools", peers.scvi_scanvi, "scvi", epochs=EPOCHS),), scores.annotated, most=20_000,
     ),
     Case(
         "tl.pseudotime", "graph", ours("tl.pseudotime", PSEUDOTIME),

@@ -17,6 +17,10 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Where in Python each operation stands makes programs larger, and their compilation a little slower.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+# Numba optimises as little, by which scanpy and umap-learn compile for half a minute.
+os.environ.setdefault("NUMBA_OPT", "0")
 
 import anndata as ad
 import jax
@@ -37,6 +41,12 @@ def _read(name: str) -> ad.AnnData:
     if not path.exists():
         pytest.skip(f"the data set {name} is not at ../shared/data/{name}/{name}.h5ad beside the repository")
     return ad.read_h5ad(path)
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage pass over what was imported: it is much, and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -59,8 +59,12 @@ def directional_fd(
     the steps: call this in float64 (the `x64` fixture), and away from points where a neighbour list changes.
     """
 
+    def moved(a: Any, d: Any, t: float) -> Any:
+        # By NumPy: JAX would compile a sum and a product for each shape.
+        return jnp.asarray(np.asarray(a) + t * np.asarray(d), a.dtype) if isinstance(a, jax.Array) else a + t * d
+
     def at(t: float) -> float:
-        return float(f(jax.tree.map(lambda a, d: a + t * d, x, direction)))
+        return float(f(jax.tree.map(functools.partial(moved, t=t), x, direction)))
 
     return np.array([(at(step) - at(-step)) / (2 * step) for step in steps])
 
@@ -78,7 +82,11 @@ def tree_vdot(a: Any, b: Any) -> float:
 
 def largest_array(fn: Callable[..., Any], *args: Any) -> int:
     """Return the number of elements of the largest array that `fn(*args)` makes, in loops and branches too."""
-    closed = jax.make_jaxpr(fn)(*args)
+    return largest_of(jax.make_jaxpr(fn)(*args))
+
+
+def largest_of(closed: ClosedJaxpr) -> int:
+    """The same of a program that has been traced."""
     return max((_size(v) for jaxpr in _walk(closed.jaxpr) for eqn in jaxpr.eqns for v in eqn.outvars), default=0)
 
 
@@ -193,9 +201,9 @@ def _rows(p: Pattern | Directed, sizes: Mapping[int, int]) -> int:
     return sizes.get(n, n) + round((len(p.indices) - n) * sizes.get(n, n) / n)
 
 
-def temp_megabytes(fn: Callable[..., Any], *shapes: Any) -> float:
-    """What XLA will allocate for intermediate results when it runs `fn` on inputs of these shapes."""
-    compiled = jax.jit(fn).lower(*shapes).compile(compiler_options=QUICK)
+def megabytes_of(traced: jax.stages.Traced) -> float:
+    """What XLA will allocate for intermediate results when it runs a program that has been traced."""
+    compiled = traced.lower().compile(compiler_options=QUICK)
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 

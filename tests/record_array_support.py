@@ -101,7 +101,7 @@ def page(bindings: Any, contract: Any) -> str:
 
 
 if __name__ == "__main__":
-    import test_bindings
+    import bindings
     import test_contract
 
-    PAGE.write_text(page(test_bindings, test_contract))
+    PAGE.write_text(page(bindings, test_contract))

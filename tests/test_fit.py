@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import scdiffx as sd
+from helpers import compilations, pbmc_counts
 from scdiffx._slots import Obsm, Var
 
 LEARN = ["highly_variable_genes.shift", "neighbors.bandwidth"]
@@ -172,6 +173,22 @@ def test_labels_fit_a_projection_with_a_readout(data):
     fitted = sd.fit(plan, loss, n_steps=10, holdout=None, test=None, progress=False)
     assert fitted.adopted
     assert fitted.losses["train_after"] < fitted.losses["train_before"]
+
+
+def test_structure_that_is_found_anew_compiles_nothing_anew():
+    """The temperature starts as a number of Python, and would be compiled for once more as an array."""
+    adata = pbmc_counts(80, 50)
+    sd.pp.pca(adata, n_comps=5)
+    sd.pp.neighbors(adata, n_neighbors=8)
+    plan = sd.plan(adata)
+    sd.tl.leiden(plan)
+    with compilations() as programs:
+        fitted = sd.fit(plan, sd.losses.modularity("leiden_probabilities"), n_steps=2, holdout=None, progress=False)
+    assert set(fitted.params) == {"leiden.temperature"}
+    assert programs.count("jit(_losses)") == programs.count("jit(called)") == 1
+    with compilations() as programs:
+        fitted.apply()
+    assert "jit(called)" not in programs
 
 
 @pytest.mark.parametrize(

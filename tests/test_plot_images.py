@@ -119,18 +119,45 @@ def test_every_plot_takes_axes_and_returns_them(name: str) -> None:
     assert signature.return_annotation == "Axes"
 
 
-@pytest.mark.parametrize("n_groups", [2, 8, 9, 20, 21, 28, 29, 40, 102])
+@pytest.mark.parametrize("n_groups", [2, 40, 41, 102])
 def test_groups_have_colors_of_their_own_that_are_saved(n_groups: int) -> None:
     adata = domains(n_groups)
     sd.pl.spatial_domains(adata, show=False)
     colors = adata.uns["spatial_domain_colors"]
     assert len(set(colors)) == len(colors) == n_groups
-    if n_groups <= 8:
-        assert min(np.abs(np.subtract(to_rgb(a), to_rgb(b))).max() for a in colors for b in colors if a != b) > 0.2
-    else:
-        scanpy = pytest.importorskip("scanpy.plotting.palettes")
-        choices = (scanpy.default_20, scanpy.default_28, scanpy.default_102)
-        assert colors == list(next(choice for choice in choices if n_groups <= len(choice))[:n_groups])
+    if n_groups > 40:
+        assert colors == list(pytest.importorskip("scanpy.plotting.palettes").default_102[:n_groups])
+
+
+# What eyes without one kind of cone see of linear RGB (Machado et al. 2009, severity 1), and linear RGB to XYZ.
+VISIONS = (
+    np.eye(3),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+)
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+
+def least_distance(colors: list[str]) -> float:
+    """The distance in CIELAB of the two colours that some eye tells apart least."""
+    from scipy.spatial.distance import pdist
+
+    rgb = np.array([to_rgb(color) for color in colors])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    found = []
+    for vision in VISIONS:
+        xyz = np.clip(linear @ np.transpose(vision), 0, 1) @ np.transpose(TO_XYZ) / [0.95047, 1, 1.08883]
+        x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+        found.append(pdist(np.stack([116 * y, 500 * (x - y), 200 * (y - z)], 1)).min())
+    return min(found)
+
+
+@pytest.mark.parametrize(("count", "least"), [(8, 16), (20, 16), (28, 13), (40, 10)])
+def test_every_eye_tells_the_colors_of_40_groups_apart(count: int, least: float) -> None:
+    from scdiffx.pl._common import palette
+
+    assert least_distance(palette(count)) > least  # 2 is what can just be seen; scanpy's 28 colours come to 0.9
 
 
 def test_colors_that_are_no_use_are_replaced_and_others_kept() -> None:

@@ -20,24 +20,17 @@ _CELLS = 1100  # more than one block of rows
 
 
 def _chain(adata: ad.AnnData) -> dict[str, Any]:
-    """Normalised values to a layout."""
+    """Normalised values to pseudotime."""
     sd.pp.normalize_total(adata)
     sd.pp.log1p(adata)
     sd.pp.pca(adata, n_comps=30)
     sd.pp.neighbors(adata, rng=1)
-    sd.tl.leiden(adata, rng=1)
     sd.tl.pseudotime(adata, root=0)
-    sd.tl.umap(adata, maxiter=5, rng=1)
     return {
         "normalised": adata.X.data,
         "variance": adata.uns["pca"]["variance"],
         "pca": adata.obsm["X_pca"],
-        "distances": adata.obsp["distances"].data,
-        "connectivities": adata.obsp["connectivities"].data,
-        "leiden": adata.obs["leiden"].astype(int).to_numpy(),
-        "memberships": adata.obsm["leiden_probabilities"],
         "pseudotime": adata.obs["dpt_pseudotime"].to_numpy(),
-        "umap": adata.obsm["X_umap"],
     }
 
 

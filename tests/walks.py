@@ -62,7 +62,7 @@ def random_walk(n: int, seed: int, k: int = 8) -> sp.csr_matrix:
 
 
 def two_copies() -> sp.csr_matrix:
-    return sp.block_diag([random_walk(300, 4)] * 2).tocsr()
+    return sp.block_diag([random_walk(160, 4)] * 2).tocsr()
 
 
 def top(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

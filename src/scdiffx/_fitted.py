@@ -225,7 +225,8 @@ def _completed(stored: dict[str, np.ndarray], key: str, value: Any) -> Any:
 def _like(saved: np.ndarray, old: Any, key: str) -> Any:
     if np.shape(old) != saved.shape:
         raise ValueError(f"the saved {key!r} has shape {saved.shape}, but this plan needs {np.shape(old)}")
-    return jnp.asarray(saved)
+    # A number stays one: for an array in its place a program would be compiled.
+    return float(saved) if isinstance(old, float) else jnp.asarray(saved)
 
 
 def flat(plan: Plan, ops: list[Any], names: Callable[[Any], Iterable[str]] | None = None) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ def double(x64: None) -> None:
 
 @pytest.fixture(scope="module")
 def walk() -> sp.csr_matrix:
-    return random_walk(600, 1)
+    return random_walk(320, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- spectral
@@ -79,7 +79,7 @@ def edge_directions(A: Edges, seed: int) -> jax.Array:
 
 @pytest.mark.parametrize("graph", ["connected", "two identical components"])
 def test_pseudotime_gradient(graph: str) -> None:
-    A = edges_of(random_walk(600, 5) if graph == "connected" else two_copies())
+    A = edges_of(random_walk(320, 5) if graph == "connected" else two_copies())
     target = jnp.asarray(np.random.default_rng(6).random(A.n))
     # k is even, so that no pair of equal eigenvalues is cut apart.
     solve = partial(distances, root=3, k=10, tol=1e-12, cg_tol=1e-11)
@@ -112,10 +112,10 @@ def test_exact_degeneracy_breaks_plain_autodiff_but_not_the_rule() -> None:
 
 
 def test_gradient_of_a_dense_operator_is_symmetric_and_matches_eigh() -> None:
-    matrix = jnp.asarray(random_walk(600, 7).toarray())
+    matrix = jnp.asarray(random_walk(320, 7).toarray())
     rng = np.random.default_rng(0)
-    x, g = rng.standard_normal((2, 600, 3))
-    h = rng.standard_normal(600)
+    x, g = rng.standard_normal((2, 320, 3))
+    h = rng.standard_normal(320)
 
     def ours(m: jax.Array, t: jax.Array) -> jax.Array:
         image, diagonal, _ = spectral(powered, m, x, k=10, params=(t,), tol=1e-12, cg_tol=1e-12)
@@ -163,7 +163,7 @@ def test_divided_differences_are_continuous_where_eigenvalues_meet() -> None:
 
 
 def test_float32_gradient_follows_float64() -> None:
-    matrix = random_walk(600, 5)
+    matrix = random_walk(320, 5)
     gradients = []
     for dtype in (np.float32, np.float64):
         A = edges_of(matrix, dtype)
@@ -189,7 +189,7 @@ def test_spectral_bad_arguments() -> None:
 # -------------------------------------------------------------------------------------------------------- eigenpairs
 
 
-@pytest.mark.parametrize("n", [150, 600])
+@pytest.mark.parametrize("n", [150, 320])
 def test_eigenpairs_gradient(n: int) -> None:
     A = edges_of(random_walk(n, 8))
     rng = np.random.default_rng(0)

@@ -158,7 +158,9 @@ def test_a_centre_of_parts_has_derivatives_and_a_mean_expression() -> None:
     rows = np.r_[:18, SIZES[0] : SIZES[0] + 16]
     counts, spots, batch = counts[rows][:, :40], spots[rows], np.repeat([0, 1], [18, 16])
     limits = ops.SliceLimits(tol=1e-12)
-    op, result = run(counts, spots, batch, reference="center", overlap=0.8, alpha=0.2, epsilon=0.1, limits=limits)
+    # Arrays of a firm type, as in the differences below: both run one compiled program.
+    values = {name: jnp.asarray(np.float64(v)) for name, v in {"alpha": 0.2, "epsilon": 0.1, "overlap": 0.8}.items()}
+    op, result = run(counts, spots, batch, reference="center", limits=limits, **values)
     plan, profiles = np.asarray(result.plan), np.zeros((2, 18, 40))
     for k in range(2):
         profiles[k, : (batch == k).sum()] = counts[batch == k]
@@ -167,14 +169,13 @@ def test_a_centre_of_parts_has_derivatives_and_a_mean_expression() -> None:
     np.testing.assert_allclose(result.center, mean, rtol=1e-6)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=spots.shape))
 
-    def loss(free: dict[str, Any]) -> Any:
-        at = replace(op, **{name: free[name] for name in ("alpha", "epsilon", "overlap")})
-        result = at(free["counts"], free["spots"], jnp.asarray(batch))
+    def loss(free: dict[str, Any], call: Any = lambda op, *args: op(*args)) -> Any:
+        at = replace(op, **{name: free[name] for name in values})
+        result = call(at, free["counts"], free["spots"], jnp.asarray(batch))
         return (weight * result.aligned).sum() + result.objective.sum() + jnp.square(result.center).sum()
 
-    values = {name: jnp.asarray(getattr(op, name)) for name in ("alpha", "epsilon", "overlap")}
     free = values | {"counts": jnp.asarray(counts), "spots": jnp.asarray(spots)}
-    value = jax.jit(loss, compiler_options=QUICK)
+    value = functools.partial(loss, call=compiled())
     slope = jax.jit(jax.grad(loss), compiler_options=QUICK)(free)
     for name in free:
         step = {key: random_direction(v) * (key == name) for key, v in free.items()}

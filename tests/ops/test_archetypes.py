@@ -213,7 +213,7 @@ def test_a_plan_carries_derivatives_to_the_counts(tmp_path: Path) -> None:
     sd.pp.normalize_total(plan)
     sd.pp.log1p(plan)
     sd.pp.pca(plan, n_comps=6)
-    sd.tl.archetypes(plan, max_archetypes=5, n_init=2, n_bootstrap=0)
+    sd.tl.archetypes(plan, 4, n_init=1, n_bootstrap=0)
     loss = sd.losses.cross_entropy("archetype_weights", "cell_type")
     fitted = sd.fit(plan, loss, n_steps=10, refresh_every=5, progress=False)
     assert np.isfinite(fitted.history["train"]).all()

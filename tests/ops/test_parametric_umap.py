@@ -55,22 +55,19 @@ def test_neighbourhoods_are_kept_better_than_by_two_components(trained: ad.AnnDa
     assert history[-1] < 0.8 * history[0]
 
 
-@pytest.mark.slow
-def test_neighbourhoods_and_types_of_new_cells_beside_umap_learn(trained: ad.AnnData) -> None:
-    import umap
+# umap-learn 0.5.12, means of three seeds by tests/record_umap.py: trustworthiness of the places of the 500 cells (.976
+# to .977) and of the 200 others (.946 to .958), and how many of these are of the type around them (.78 to .80).
+UMAP_LEARN = (0.977, 0.952, 0.787)
 
+
+def test_neighbourhoods_and_types_of_new_cells_beside_umap_learn(trained: ad.AnnData) -> None:
     rest = reduced(700)[500:].copy()
     sd.tl.parametric_umap(rest, reference=trained)
-    theirs = umap.UMAP(min_dist=0.5, random_state=0, n_jobs=1).fit(trained.obsm["X_pca"])
-    places = {
-        "ours": (trained.obsm["X_parametric_umap"], rest.obsm["X_parametric_umap"]),
-        "theirs": (theirs.embedding_, theirs.transform(rest.obsm["X_pca"])),
-    }
-    assert kept(trained, places["ours"][0]) > kept(trained, places["theirs"][0]) - 0.02
-    assert kept(rest, places["ours"][1]) > kept(rest, places["theirs"][1]) - 0.03
+    here, there = (adata.obsm["X_parametric_umap"] for adata in (trained, rest))
+    assert kept(trained, here) > UMAP_LEARN[0] - 0.02
+    assert kept(rest, there) > UMAP_LEARN[1] - 0.03
     types, wanted = (data.obs["cell_type"].astype(str) for data in (trained, rest))
-    score = {name: KNeighborsClassifier(15).fit(old, types).score(new, wanted) for name, (old, new) in places.items()}
-    assert score["ours"] > score["theirs"] - 0.05, score
+    assert KNeighborsClassifier(15).fit(here, types).score(there, wanted) > UMAP_LEARN[2] - 0.05
 
 
 def test_a_reference_places_its_own_cells_where_they_were(trained: ad.AnnData, tmp_path: Path) -> None:
@@ -86,18 +83,15 @@ def test_a_reference_places_its_own_cells_where_they_were(trained: ad.AnnData, t
 
 @pytest.mark.slow
 def test_in_a_plan_a_loss_moves_the_network() -> None:
-    raw = pbmc_counts()[:200].copy()
-    plan = sd.plan(raw)
-    sd.pp.normalize_total(plan)
-    sd.pp.log1p(plan)
-    sd.pp.pca(plan, n_comps=10)
+    cells = reduced(260)
+    plan = sd.plan(cells[:200].copy())
     sd.pp.neighbors(plan)
     sd.tl.parametric_umap(plan, n_steps=50, n_hidden=16, progress=False)
     loss = sd.losses.compactness("X_parametric_umap", "cell_type")
     assert "parametric_umap.net" not in sd.metrics.gradient_flow(plan, loss).dead
     fitted = sd.fit(plan, loss, n_steps=10, learn=["parametric_umap"], progress=False)
     assert fitted.history["train"][-1] < fitted.history["train"][0]
-    new = pbmc_counts()[200:260].copy()
+    new = cells[200:].copy()
     placed = fitted.apply(new, copy=True).obsm["X_parametric_umap"]
     assert placed.shape == (60, 2)
     assert np.isfinite(placed).all()

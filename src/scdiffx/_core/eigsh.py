@@ -44,13 +44,13 @@ class Eigen(NamedTuple):
 
 
 class _Space(NamedTuple):
-    """A search space: orthonormal rows (null ones are 0), their images, and its Rayleigh-Ritz decomposition.
+    """A search space: orthonormal rows (null ones are 0) and its Rayleigh-Ritz decomposition.
 
-    Vectors lie in rows: products of a few of them with all are three times faster than on columns.
+    Vectors lie in rows: products of a few of them with all are three times faster than on columns. Their images under
+    the operator are not kept, which would be half of the memory: a residual costs a product instead.
     """
 
     basis: Array
-    image: Array
     gram: Array
     valid: Array
     size: Array
@@ -123,7 +123,7 @@ def eigsh(
         Number of eigenpairs.
     start
         Approximate eigenvectors (n, m), for instance of a nearby problem. If they are converged already (``m >= k``),
-        the only work is one product with each of them. They must be approximations of the *leading* pairs: exact
+        the only work is a few products with each of them. They must be approximations of the *leading* pairs: exact
         eigenvectors from elsewhere in the spectrum would be believed.
     tol
         Bound of the residual norms relative to the largest eigenvalue in magnitude. Default: 1e-10 in float64, 5e-6 in
@@ -172,17 +172,17 @@ def _eigsh(A: Any, start: Array | None, k: int, oversample: int, tol: Array, max
         s = lax.while_loop(has_room, lambda s: _step(A, low, s, plan), s)
         return s._replace(space=_compressed(s.space, plan.keep))
 
-    return _result(lax.while_loop(going, fill, state), plan)
+    return _result(A, lax.while_loop(going, fill, state), plan)
 
 
-def _result(state: _State, plan: _Plan) -> Eigen:
+def _result(A: Any, state: _State, plan: _Plan) -> Eigen:
     space, k = state.space, plan.k
     rotation = space.rotation[:, :k].T
     vectors = product(rotation, space.basis)
-    residuals = jnp.linalg.norm(product(rotation, space.image) - vectors * space.values[:k, None], axis=1)
+    residuals = jnp.linalg.norm(_images(A, vectors) - vectors * space.values[:k, None], axis=1)
     residuals = jnp.where(jnp.arange(k) < space.valid.sum(), residuals, jnp.inf)
     ok = (residuals <= plan.tol * _scale(space)).all()
-    return Eigen(space.values[:k], vectors.T, residuals, ok, state.matvecs)
+    return Eigen(space.values[:k], vectors.T, residuals, ok, state.matvecs + k)
 
 
 def _dense(A: Any, plan: _Plan) -> Eigen:
@@ -204,21 +204,25 @@ def _scale(space: _Space) -> Array:
 def _empty(n: int, capacity: int, dtype: Any) -> _Space:
     long, square = jnp.zeros((capacity, n), dtype), jnp.zeros((capacity, capacity), dtype)
     row = jnp.zeros(capacity, dtype)
-    return _Space(long, long, square, row > 0, jnp.zeros((), jnp.int32), row, square)
+    return _Space(long, square, row > 0, jnp.zeros((), jnp.int32), row, square)
 
 
 def _append(A: Any, space: _Space, directions: Array) -> _Space:
     """Grow the space by the part of `directions` that is new to it, and solve the projected problem."""
     new = _orthonormalised(directions, space.basis)
-    # Fused with the gathers of the product, the change of layout would cost three times as much as both.
-    image = lax.optimization_barrier(A @ lax.optimization_barrier(new.T)).T
     put = partial(lax.dynamic_update_slice_in_dim, start_index=space.size)
-    basis, images = put(space.basis, new, axis=0), put(space.image, image, axis=0)
-    cross = product(basis, image.T)
+    basis = put(space.basis, new, axis=0)
+    cross = product(basis, _images(A, new).T)
     gram = put(put(space.gram, cross, axis=1), cross.T, axis=0)
     valid = put(space.valid, jnp.square(new).sum(1) > 0.5, axis=0)
     size = space.size + new.shape[0]
-    return _ritz(space._replace(basis=basis, image=images, gram=gram, valid=valid, size=size))
+    return _ritz(space._replace(basis=basis, gram=gram, valid=valid, size=size))
+
+
+def _images(A: Any, rows: Array) -> Array:
+    """The products of the operator with vectors that lie in rows."""
+    # Fused with the gathers of the product, the change of layout would cost three times as much as both.
+    return lax.optimization_barrier(A @ lax.optimization_barrier(rows.T)).T
 
 
 def _ritz(space: _Space) -> _Space:
@@ -237,13 +241,9 @@ def _compressed(space: _Space, keep: int) -> _Space:
     kept = jnp.arange(capacity) < jnp.minimum(keep, space.valid.sum())
     rotation = jnp.where(kept[:keep], space.rotation[:, :keep], 0).T
     values = jnp.where(kept, space.values, 0)
-
-    def rotate(rows: Array) -> Array:
-        return jnp.zeros_like(rows).at[:keep].set(product(rotation, rows))
-
-    basis, image = rotate(space.basis), rotate(space.image)
+    basis = jnp.zeros_like(space.basis).at[:keep].set(product(rotation, space.basis))
     eye = jnp.eye(capacity, dtype=values.dtype)
-    return _Space(basis, image, jnp.diag(values), kept, jnp.asarray(keep, jnp.int32), space.values, eye)
+    return _Space(basis, jnp.diag(values), kept, jnp.asarray(keep, jnp.int32), space.values, eye)
 
 
 def _orthonormalised(rows: Array, basis: Array) -> Array:
@@ -287,32 +287,34 @@ def _started(A: Any, start: Array | None, plan: _Plan) -> _State:
     seeds = jnp.asarray(-(-(plan.block - m) // _WINDOW), jnp.int32)
     blank = jnp.zeros((_WINDOW, A.shape[0]), space.basis.dtype)
     state = _State(space, _Bounds(nothing, nothing, nothing), blank, seeds, zero, zero > 0, zero, zero + m)
-    return _advance(state, plan) if m >= plan.k else state
+    return _advance(A, state, plan) if m >= plan.k else state
 
 
-def _advance(state: _State, plan: _Plan) -> _State:
+def _advance(A: Any, state: _State, plan: _Plan) -> _State:
     """Pass over the converged Ritz pairs; the residuals of the window behind them are what is filtered next."""
     space, bound = state.space, plan.tol * _scale(state.space)
 
     def window(carry: Any) -> Any:
-        done, _, whole, _ = carry
-        residual = _residuals(space, done)
+        done, _, whole, _, seen = carry
+        residual = _residuals(A, space, done)
         exists = done + jnp.arange(_WINDOW) < space.valid.sum()
         good = exists & (jnp.linalg.norm(residual, axis=1) <= bound)
         done = done + jnp.cumprod(good).sum().astype(done.dtype)
         # Pairs found late push earlier ones down the list: nothing counts before one pass has seen all of them.
         again = (done >= plan.k) & ~whole
-        return jnp.where(again, 0, done), residual, whole | again, again | (good[0] & (done < plan.k))
+        going = again | (good[0] & (done < plan.k))
+        return jnp.where(again, 0, done), residual, whole | again, going, seen + _WINDOW
 
-    first = (state.done, state.residual, state.done == 0, jnp.asarray(True))
-    done, residual, *_ = lax.while_loop(lambda carry: carry[3], window, first)
-    return state._replace(done=done, finished=done >= plan.k, residual=residual)
+    first = (state.done, state.residual, state.done == 0, jnp.asarray(True), state.matvecs)
+    done, residual, *_, matvecs = lax.while_loop(lambda carry: carry[3], window, first)
+    return state._replace(done=done, finished=done >= plan.k, residual=residual, matvecs=matvecs)
 
 
-def _residuals(space: _Space, at: Array) -> Array:
+def _residuals(A: Any, space: _Space, at: Array) -> Array:
     rotation = lax.dynamic_slice_in_dim(space.rotation, at, _WINDOW, axis=1).T
     values = lax.dynamic_slice_in_dim(space.values, at, _WINDOW)
-    return product(rotation, space.image) - product(rotation, space.basis) * values[:, None]
+    vectors = product(rotation, space.basis)
+    return _images(A, vectors) - vectors * values[:, None]
 
 
 def _step(A: Any, low: Any, state: _State, plan: _Plan) -> _State:
@@ -335,7 +337,7 @@ def _step(A: Any, low: Any, state: _State, plan: _Plan) -> _State:
         seeds=state.seeds - seeding,
         matvecs=state.matvecs + _WINDOW * degree,
     )
-    return _advance(state, plan)
+    return _advance(A, state, plan)
 
 
 # ------------------------------------------------------------------------------------------------------ the filter

@@ -114,9 +114,9 @@ def operator(cls: type[T]) -> type[T]:
 
 
 @jax.jit
-def called(op: Any, *args: Any) -> Any:
+def called(op: Any, *args: Any, **kwargs: Any) -> Any:
     """The operator's result, computed as one compiled program."""
-    return op(*args)
+    return op(*args, **kwargs)
 
 
 def fields_of_kind(op: Any, kind: str) -> Iterator[dataclasses.Field[Any]]:

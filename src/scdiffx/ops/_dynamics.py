@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from scdiffx._core.fields import buffer, learnable, operator, replace, static
+from scdiffx._core.fields import buffer, called, learnable, operator, replace, static
 from scdiffx._core.graph import Graph
 from scdiffx.ops._dynamics_fit import Cells, Fitted, fit_genes
 from scdiffx.ops._dynamics_start import Start, starting_point
 from scdiffx.ops._moments import averaged, by_genes, neighbour_mean
 from scdiffx.ops._splicing import Rates, at_time, solution
-from scdiffx.ops._steady_state import SteadyState, SteadyStateResult
+from scdiffx.ops._steady_state import SteadyState
 
 __all__ = ["Dynamics", "DynamicsFit", "DynamicsResult"]
 
@@ -78,7 +78,7 @@ class Dynamics:
 
     def init(self, ms: Array, mu: Array, graph: Graph, mask: Array | None = None, key: Array | None = None) -> Dynamics:
         ratio = SteadyState(adjusted=True, percentile=self.percentile, least=self.least[1:]).init(ms, mu)
-        steady = _called(ratio, ms, mu, mask)
+        steady = called(ratio, ms, mu, mask=mask)
         columns = np.flatnonzero(np.asarray(steady.genes)) if self.columns is None else np.asarray(self.columns)
         mean = neighbour_mean(graph)
         counts = np.asarray(ms)[:, columns], np.asarray(mu)[:, columns]
@@ -121,11 +121,6 @@ class Dynamics:
         scaled = (f.rates.scaling > jnp.minimum(low, 0.03)) & (f.rates.scaling < jnp.maximum(high, 3))
         good = scaled & (f.likelihood > self.least[0]) & (f.r2[f.columns] > self.least[1])
         return jnp.zeros_like(f.r2).at[f.columns].set(good.astype(f.r2.dtype))
-
-
-@jax.jit
-def _called(op: SteadyState, ms: Array, mu: Array, mask: Array | None) -> SteadyStateResult:
-    return op(ms, mu, mask=mask)
 
 
 def _fit_in_blocks(ms: np.ndarray, mu: np.ndarray, mean: Any) -> tuple[Start, Fitted]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from scdiffx._core.chain import on_diagonal, row_normalized
 from scdiffx._core.directed import Directed
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
-from scdiffx._core.graph import Graph, Pattern, _slots_of, rows_to_slots
+from scdiffx._core.graph import Graph, Pattern, rows_to_slots
+from scdiffx._core.pattern import slots_of
 from scdiffx.ops._velocity_embedding import transition_probabilities
 
 __all__ = ["TransitionMatrix"]
@@ -107,7 +108,7 @@ def _lookup(p: Pattern, union: sp.csr_matrix, row: np.ndarray, column: np.ndarra
     """For each slot of the pattern the given slot that goes there."""
     n, degree = p.n_cells, np.diff(union.indptr)
     start = np.repeat(np.arange(n, dtype=np.int64), degree)
-    there = _slots_of(start, np.arange(union.nnz) - union.indptr[start], p.indices.shape[1], n)[0]
+    there = slots_of(start, np.arange(union.nnz) - union.indptr[start], p.indices.shape[1], n)[0]
     found = np.full(p.indices.size, _NOWHERE, np.int32)
     found[there[np.searchsorted(start * n + union.indices, row.astype(np.int64) * n + column)]] = slots
     return found.reshape(p.indices.shape)

@@ -13,8 +13,19 @@ if TYPE_CHECKING:
 __all__ = ["GREY", "finish", "group_colors", "group_legend", "legend_room", "lookup", "new_axes", "palette"]
 
 GREY = "#bdbdbd"  # of what has no value
-# The palette of Okabe and Ito, told apart with every kind of colour vision; first what is clearest on white.
-_OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#f0e442")
+# First the palette of Okabe and Ito, told apart with every kind of colour vision, what is clearest on white in front.
+# Each one that follows is the colour farthest from all before it (and from white and grey) to the eye that tells them
+# apart least: distances in CIELAB, for normal sight and for its three deficiencies as Machado et al. (2009) simulate
+# them.
+# fmt: off
+_COLORS = (
+    "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#f0e442",
+    "#8700f0", "#692d0f", "#4b3c5a", "#a5f078", "#9678ff", "#2d2da5", "#e1004b", "#5af0a5",
+    "#690f78", "#b4a54b", "#3c693c", "#963c00", "#d20fb4", "#786978", "#a5c3e1", "#961ed2",
+    "#f07887", "#874b87", "#7896f0", "#78d278", "#a5d24b", "#5a961e", "#0f4b2d", "#a5695a",
+    "#964bff", "#963c5a", "#b487c3", "#78b496", "#1e782d", "#87f0c3", "#f0d2e1", "#5a2d96",
+)
+# fmt: on
 _LEGEND_ROWS = 20
 
 
@@ -49,15 +60,12 @@ def finish(ax: Axes, given: Axes | None, show: bool | None) -> Axes:
 
 
 def palette(count: int) -> list[str]:
-    """Colours of so many groups: Okabe and Ito's up to 8, beyond that scanpy's, which no eye tells apart for sure."""
-    if count <= len(_OKABE_ITO):
-        return list(_OKABE_ITO[:count])
+    """Colours of so many groups: those above for up to 40, beyond that scanpy's, which no eye tells apart for sure."""
+    if count <= len(_COLORS):
+        return list(_COLORS[:count])
     from scanpy.plotting import palettes
 
-    for choice in (palettes.default_20, palettes.default_28, palettes.default_102):
-        if count <= len(choice):
-            return [str(color) for color in choice[:count]]
-    return [GREY] * count
+    return [str(color) for color in palettes.default_102[:count]] if count <= 102 else [GREY] * count
 
 
 def group_colors(adata: AnnData, key: str) -> dict[Any, str]:

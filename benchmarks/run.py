@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --cells 3000 20000 --json out.json [--only pca neighbors] [--core] [--markdown out.md]
     python benchmarks/run.py --compare before.json after.json
-    python benchmarks/run.py --show out.json more.json
+    python benchmarks/run.py --show out.json more.json [--sections]
 
 The functions, their input and their peers stand in `cases.py`. Every measurement has a process of its own: it reads the
 input, imports what it measures, and calls it twice, each time with a fresh copy, "first" and "warm". A first call finds
@@ -11,12 +11,15 @@ threads, and of the clock; memory is the peak above what the process held before
 has one core (--cores), without which threads that wait for each other are counted as work. Peers that are not installed
 are called so; `--python cellrank=/path/to/python` measures a peer in another environment.
 
---compare exits with 1 where something became slower, larger or worse by more than --tolerance.
+--compare exits with 1 where something became slower, larger or worse by more than --tolerance. --show puts results
+together, the latest of each function, number of cells and peer, and names below what is slower than its peer; with
+--sections it writes the tables of `docs/benchmarks.md`, one for each number of cells.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import importlib.metadata
 import json
@@ -39,12 +42,15 @@ HERE = Path(__file__).resolve().parent
 TIMES = ("cpu_first", "cpu_warm", "wall_first", "wall_warm")
 # What differences in --compare have to exceed besides the tolerance to be named.
 SMALLEST = {**dict.fromkeys(TIMES, 0.1), "peak_mib": 20.0}
-HEADER = (
-    *("function", "cells", "peer", "first call, CPU s", "warm call, CPU s", "peer / ours"),
-    *("warm call, s", "peak MiB", "quality"),
-)
+HEADER = {
+    "function": "function", "cells": "cells", "peer": "peer", "cpu_first": "first call, CPU s",
+    "cpu_warm": "warm call, CPU s", "ratio": "peer / ours", "wall_warm": "warm call, s", "peak_mib": "peak MiB",
+    "quality": "quality",
+}  # fmt: skip
+# A warm call is called slower above this ratio and this many seconds more: less cannot be told from noise.
+SLOWER, MORE = 1.2, 0.03
 # Scores of which less is better; differences and correlations with a peer are reported, not judged.
-LESS = {"inertia", "error left", "error in spots"}
+LESS = {"inertia", "error left", "error of shares", "error in spots"}
 
 
 def sides(case: Case) -> list[Side]:
@@ -116,7 +122,8 @@ def measured(case: Case, place: int, cells: int, source: Path, args: argparse.Na
         target = f"{folder}/found.pickle"
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(args.cores))
         # A folder that JAX were told of would hold programs of earlier runs.
-        caches = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "NUMBA_CACHE_DIR": f"{folder}/numba"}
+        programs = args.programs or folder
+        caches = {"JAX_COMPILATION_CACHE_DIR": f"{programs}/jax", "NUMBA_CACHE_DIR": f"{programs}/numba"}
         python = args.python.get(side.package, sys.executable)
         call = f"import run; run.child({case.name!r}, {place}, {str(source)!r}, {target!r}, {args.cores}, {args.limit})"
         done = subprocess.run(
@@ -170,9 +177,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
     result: dict[str, Any] = {
         "commit": commit.stdout.strip() or None,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("jax", "numpy", "scipy", "numba", "anndata")},
-        "settings": {"cells": args.cells, "cores": args.cores, "data": data_of(args.data)},
+        "settings": {"cells": args.cells, "cores": args.cores, "data": data_of(args.data), "kept": bool(args.programs)},
         "results": [],
     }
     cases = chosen(list(CORE) if args.core else args.only)
@@ -206,28 +214,68 @@ def judged(mine: dict[str, Any], other: dict[str, Any] | None) -> str:
     return "; ".join(parts + [f"{name} {number(value)}" for name, value in (other or {}).get("agreement", {}).items()])
 
 
-def table(result: dict[str, Any]) -> str:
-    """Rows of a function and a peer, "ours / theirs"."""
-    lines = [
-        f"| {' | '.join(HEADER)} |",
-        "|" + "---|" * len(HEADER),
-    ]
+def pairs(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Our row beside each peer's, or beside None."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in result["results"]:
         groups.setdefault((row["function"], row["cells"]), []).append(row)
-    for (function, cells), (mine, *others) in groups.items():
-        for other in others or [None]:
-            name = "none" if other is None else f"{other['tool']} {other['version'] or ''}".strip()
-            if other is not None and other["status"] != "ok":
-                name += f": {other['status']}"
-            ratio = "-"
-            if other is not None and "cpu_warm" in mine and "cpu_warm" in other:
-                ratio = number(other["cpu_warm"] / max(mine["cpu_warm"], 1e-9))
-            title = f"`{function}`" if mine["status"] == "ok" else f"`{function}`: {mine['status']}"
-            figures = [pair(mine, other, key) for key in ("cpu_first", "cpu_warm")]
-            rest = [pair(mine, other, key) for key in ("wall_warm", "peak_mib")]
-            lines.append(f"| {' | '.join([title, str(cells), name, *figures, ratio, *rest, judged(mine, other)])} |")
+    return [(mine, other) for mine, *others in groups.values() for other in others or [None]]
+
+
+def table(result: dict[str, Any], without: tuple[str, ...] = ()) -> str:
+    """Rows of a function and a peer, "ours / theirs"."""
+    names = [name for name in HEADER if name not in without]
+    lines = [f"| {' | '.join(HEADER[name] for name in names)} |", "|" + "---|" * len(names)]
+    for mine, other in pairs(result):
+        cell = {"cells": str(mine["cells"]), "peer": "none", "ratio": "-", "quality": judged(mine, other)}
+        cell["function"] = f"`{mine['function']}`" + ("" if mine["status"] == "ok" else f": {mine['status']}")
+        if other is not None:
+            cell["peer"] = f"{other['tool']} {other['version'] or ''}".strip()
+            if other["status"] != "ok":
+                cell["peer"] += f": {other['status']}"
+            if "cpu_warm" in mine and "cpu_warm" in other:
+                cell["ratio"] = number(other["cpu_warm"] / max(mine["cpu_warm"], 1e-9))
+        cell |= {key: pair(mine, other, key) for key in ("cpu_first", "cpu_warm", "wall_warm", "peak_mib")}
+        lines.append(f"| {' | '.join(cell[name] for name in names)} |")
     return "\n".join(lines)
+
+
+def slower(result: dict[str, Any]) -> str:
+    """What is slower than its peer in warm calls, worst first."""
+    found = []
+    for mine, other in pairs(result):
+        if other is not None and "cpu_warm" in mine and "cpu_warm" in other:
+            ours, theirs = mine["cpu_warm"], other["cpu_warm"]
+            if ours > SLOWER * theirs and ours - theirs > MORE:
+                found.append(
+                    (
+                        theirs / ours,
+                        f"{mine['function']} {mine['cells']}: {number(ours / theirs)} times {other['tool']}",
+                    )
+                )
+    return "\n".join(["slower than the peer, warm:", *(line for _, line in sorted(found))]) if found else ""
+
+
+def together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of several runs, the later ones in place of the same of earlier ones."""
+    groups: dict[tuple[str, int], dict[str, Any]] = {}
+    for result in results:
+        for key in {(row["function"], row["cells"]) for row in result["results"]}:
+            rows = [row for row in result["results"] if (row["function"], row["cells"]) == key]
+            groups[key] = {"rows": rows, **{k: result.get(k) for k in ("commit", "date", "machine", "versions")}}
+    order = {case.name: place for place, case in enumerate(chosen(None))}
+    ordered = sorted(groups, key=lambda key: (key[1], order.get(key[0], len(order))))
+    made = {k: sorted({str(group[k]) for group in groups.values()}) for k in ("commit", "date", "machine", "versions")}
+    return {**made, "results": [row for key in ordered for row in groups[key]["rows"]]}
+
+
+def sections(result: dict[str, Any]) -> str:
+    """A table for each number of cells, without seconds of the clock."""
+    parts = []
+    for cells in sorted({row["cells"] for row in result["results"]}):
+        rows = [row for row in result["results"] if row["cells"] == cells]
+        parts.append(f"## {cells:,} cells\n\n" + table({"results": rows}, ("cells", "wall_warm")))
+    return "\n\n".join(parts)
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> tuple[str, bool]:
@@ -277,11 +325,15 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     parser.add_argument("--show", type=Path, nargs="+", help="print the table of results that were written before")
+    parser.add_argument("--sections", action="store_true", help="a table for each number of cells, for the pages")
     parser.add_argument("--tolerance", type=float, default=0.25, help="relative difference that --compare lets pass")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--limit", type=int, default=900, help="processor seconds that one measurement may take")
     parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=PYTHON")
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
+    parser.add_argument(
+        "--programs", type=Path, help="folder that keeps compiled programs: no call is a first one then"
+    )
     parser.add_argument("--inputs", type=Path, help="folder that keeps the prepared cells for the next run")
     args = parser.parse_args(given)
     args.python = dict(entry.split("=", 1) for entry in args.python)
@@ -290,12 +342,13 @@ def main(given: list[str] | None = None) -> int:
         print(text)
         return int(worse)
     if args.show:
-        found = [json.loads(path.read_text())["results"] for path in args.show]
-        text = table({"results": [row for rows in found for row in rows]})
+        result = together([json.loads(path.read_text()) for path in args.show])
+        print(*(f"# {key}: {', '.join(result[key])}" for key in ("commit", "date", "machine", "versions")), sep="\n")
     else:
         warnings.simplefilter("ignore")
-        text = table(run(args))
-    print(text)
+        result = run(args)
+    text = sections(result) if args.sections else table(result)
+    print(text, slower(result), sep="\n\n")
     if args.markdown:
         args.markdown.write_text(text + "\n")
     return 0

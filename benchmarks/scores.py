@@ -93,10 +93,19 @@ def partition(adata: ad.AnnData, found: Found) -> dict[str, float]:
 
 
 def inertia(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    """Mean squared distance to the mean of the cluster, over the variance."""
-    z, label = np.asarray(adata.obsm["X_pca"], np.float64), np.unique(found["labels"], return_inverse=True)[1]
-    centre = np.stack([np.bincount(label, column) for column in z.T], 1) / np.bincount(label)[:, None]
-    return {"inertia": float(np.square(z - centre[label]).sum(1).mean() / z.var(0).sum()), **clusters(adata, found)}
+    """Mean squared distance to the mean of the cluster, over the variance; means over the runs."""
+    z = np.asarray(adata.obsm["X_pca"], np.float64)
+
+    def of(labels: Any) -> float:
+        label = np.unique(labels, return_inverse=True)[1]
+        centre = np.stack([np.bincount(label, column) for column in z.T], 1) / np.bincount(label)[:, None]
+        return float(np.square(z - centre[label]).sum(1).mean() / z.var(0).sum())
+
+    runs = found["runs"]
+    return {
+        "inertia": float(np.mean([of(labels) for labels in runs])),
+        "ARI": float(np.mean([clusters(adata, {"labels": labels})["ARI"] for labels in runs])),
+    }
 
 
 def hull(adata: ad.AnnData, found: Found) -> dict[str, float]:
@@ -116,7 +125,7 @@ def doublets(adata: ad.AnnData, found: Found) -> dict[str, float]:
 
 
 def cleaned(adata: ad.AnnData, found: Found) -> dict[str, float]:
-    """Error of the profiles of types after cleaning, over that before."""
+    """Error of the profiles of types after cleaning, over that before; mean error of the share taken from a cell."""
     code = adata.obs["label"].cat.codes.to_numpy()
     member = sp.csr_matrix((np.ones(len(code)), (code, np.arange(len(code)))))
 
@@ -126,7 +135,18 @@ def cleaned(adata: ad.AnnData, found: Found) -> dict[str, float]:
 
     truth = profiles(adata.layers["truth"])
     after, before = (np.abs(profiles(x) - truth).sum() for x in (found["x"], adata.X))
-    return {"error left": float(after / before)}
+    share = 1 - np.asarray(found["x"].sum(1)).ravel() / np.asarray(adata.X.sum(1)).ravel()
+    return {"error left": float(after / before), "error of shares": float(np.abs(share - adata.obs["ambient"]).mean())}
+
+
+def edges(adata: ad.AnnData, found: Found) -> dict[str, float]:
+    """Average precision over all pairs of a factor and another gene, over the share of true edges."""
+    from grn import ratio
+
+    edge = np.asarray(adata.uns["edges"])
+    factors, truth = np.unique(edge[:, 0]), np.zeros((adata.n_vars, adata.n_vars), bool)
+    truth[edge[:, 0], edge[:, 1]] = True
+    return {"precision over chance": float(ratio(found["x"], truth[factors], factors))}
 
 
 def annotated(adata: ad.AnnData, found: Found) -> dict[str, float]:
@@ -167,11 +187,20 @@ def correlation(a: Found, b: Found) -> dict[str, float]:
     return {"correlation": float(np.corrcoef(x[finite], y[finite])[0, 1])}
 
 
-def by_name(a: Found, b: Found) -> dict[str, float]:
-    """The correlation of two series over the names that both have."""
-    x, y = ({tuple(map(str, name)): value for name, value in v["x"].items()} for v in (a, b))
+def pairs(a: Found, b: Found) -> dict[str, float]:
+    """Means and p-values of the pairs of genes in pairs of groups that both have tested."""
+
+    def named(values: Any) -> dict[tuple[str, ...], float]:
+        # squidpy writes genes in capitals.
+        return {tuple(str(part).upper() for part in name): value for name, value in values.items()}
+
+    (x, p), (y, q) = ((named(found["x"]), named(found["p"])) for found in (a, b))
     names = sorted(x.keys() & y.keys())
-    return {"pairs": len(names), **correlation(*({"x": np.array([v[name] for name in names])} for v in (x, y)))}
+    return {
+        "tested by both": len(names) / max(len(x.keys() | y.keys()), 1),
+        "largest difference of a mean": max(abs(x[name] - y[name]) for name in names),
+        "largest difference of a p-value": max(abs(p[name] - q[name]) for name in names),
+    }
 
 
 def rank_correlation(a: Found, b: Found) -> dict[str, float]:

@@ -68,7 +68,7 @@ def measured(harness: Any, folder: Path, *only: str) -> tuple[dict[str, Any], li
     given = ["--cells", "120", "--data", str(folder / "nothing"), "--json", str(out), "--markdown", str(text)]
     assert harness.run.main([*given, "--only", *only]) == 0
     result = json.loads(out.read_text())
-    assert {"commit", "machine", "versions", "settings", "results"} == result.keys()
+    assert {"commit", "date", "machine", "versions", "settings", "results"} == result.keys()
     assert set(result["settings"]["data"].values()) == {"gamma-Poisson model"}
     for row in result["results"]:
         assert row["status"] == "ok", row
@@ -116,8 +116,8 @@ def test_a_peer_that_is_not_there_has_no_figures(harness: Any, tmp_path: Path) -
 
 
 def result(**changes: Any) -> dict[str, Any]:
-    row = {"function": "pp.pca", "cells": 3000, "tool": "scdiffx", "status": "ok", "cpu_warm": 2.0, "peak_mib": 100.0,
-           "quality": {"explained variance": 0.5, "error left": 0.5}, **changes}  # fmt: skip
+    row = {"function": "pp.pca", "cells": 3000, "tool": "scdiffx", "version": "1", "status": "ok", "cpu_warm": 2.0,
+           "peak_mib": 100.0, "quality": {"explained variance": 0.5, "error left": 0.5}, **changes}  # fmt: skip
     return {"commit": "abc", "results": [row, {**row, "tool": "scanpy", "cpu_warm": 9.0}]}
 
 
@@ -143,6 +143,45 @@ def test_compare_tells_what_differs(
         Path(path).write_text(json.dumps(content))
     assert harness.run.main(["--compare", *files]) == code
     assert said in capsys.readouterr().out
+
+
+def test_the_latest_results_are_shown_and_what_is_slower_is_named(
+    harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours takes 2 s beside 9, later 10 s beside 9: 1.1 times, which is not told from noise; then 18 s."""
+    path = [tmp_path / f"{i}.json" for i in range(3)]
+    for i, ours in enumerate((2.0, 10.0, 18.0)):
+        path[i].write_text(json.dumps({**result(cpu_warm=ours), "date": f"day {i}"}))
+    for last, said in ((2, "slower"), (3, "pp.pca 3000: 2 times scanpy")):
+        assert harness.run.main(["--show", *map(str, path[:last]), "--sections"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("| `pp.pca` |") == 1
+        assert f"# date: day {last - 1}" in out
+        assert "## 3,000 cells" in out
+        assert (said in out) == (last == 3)
+
+
+def test_a_network_is_scored_against_its_edges(harness: Any, tmp_path: Path) -> None:
+    import inputs
+    import scores
+
+    adata = inputs.network(50, tmp_path / "nothing")
+    truth = np.zeros((20, 100))
+    truth[adata.uns["edges"][:, 0], adata.uns["edges"][:, 1]] = 1
+    worth = [scores.edges(adata, {"x": x})["precision over chance"] for x in (truth, np.ones_like(truth))]
+    assert worth == pytest.approx([20 * 99 / 80, 1])
+
+
+def test_pairs_of_groups_are_compared_where_both_have_tested_them(harness: Any) -> None:
+    import pandas as pd
+    import scores
+
+    def found(names: list[str], mean: list[float], p: list[float]) -> dict[str, Any]:
+        at = pd.MultiIndex.from_tuples([(name, "B", "one", "two") for name in names])
+        return {"x": pd.Series(mean, at), "p": pd.Series(p, at)}
+
+    got = scores.pairs(found(["a", "b"], [1.0, 2.0], [0.5, 0.1]), found(["B", "C"], [2.5, 9.0], [0.4, 1.0]))
+    assert list(got.values()) == pytest.approx([1 / 3, 0.5, 0.3])
 
 
 def test_a_function_that_no_case_has_is_refused_with_the_names_of_all(harness: Any) -> None:

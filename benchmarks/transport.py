@@ -1,7 +1,7 @@
 """Optimal transport between time points: cells of a time that was left out, and what large couplings cost.
 
-    python benchmarks/ot.py interpolation [--epsilon 0.05] [--tau 0.95 1.0]
-    python benchmarks/ot.py size [--n 20000] [--dims 30] [--max-iter 100]
+    python benchmarks/transport.py interpolation [--epsilon 0.05] [--tau 0.95 1.0]
+    python benchmarks/transport.py size [--n 20000] [--dims 30] [--max-iter 100]
 
 "interpolation" leaves a middle bin of the worm's embryo time out, with everything that is fitted (genes, components),
 couples its neighbours, and compares the cells that the coupling puts at the bin's mean time with those that are there:

@@ -67,7 +67,8 @@ def test_neighbourhoods_and_types_of_new_cells_beside_umap_learn(trained: ad.Ann
     assert kept(trained, here) > UMAP_LEARN[0] - 0.02
     assert kept(rest, there) > UMAP_LEARN[1] - 0.03
     types, wanted = (data.obs["cell_type"].astype(str) for data in (trained, rest))
-    assert KNeighborsClassifier(15).fit(here, types).score(there, wanted) > UMAP_LEARN[2] - 0.05
+    # Of 200 cells: one standard error of a share is .03.
+    assert KNeighborsClassifier(15).fit(here, types).score(there, wanted) > UMAP_LEARN[2] - 0.08
 
 
 def test_a_reference_places_its_own_cells_where_they_were(trained: ad.AnnData, tmp_path: Path) -> None:

@@ -54,19 +54,6 @@ FORMATTED = [
 ]
 
 
-FORMATTED = [
-    pytest.param(
-        case,
-        form,
-        marks=[pytest.mark.slow] if case.slow or form not in ("csc_array", "dense") else [],
-        id=f"{case.name}-{form}",
-    )
-    for case in OF_MATRIX
-    for form in FORMATS
-    if form in ("csc_array", "dense") or case.name in OTHER_FORMATS
-]
-
-
 @functools.cache
 def result_of_integers(name: str) -> dict[str, Any]:
     case = next(case for case in CASES if case.name == name)

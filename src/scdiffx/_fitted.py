@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scdiffx._calls import replay
-from scdiffx._core.fields import fields_of_kind, learnables, replace
+from scdiffx._core.fields import fields_of_kind, learnables, number_stays, replace
 from scdiffx._slots import restored, tabulated
 from scdiffx._steps import Plan, initialised
 
@@ -225,8 +225,7 @@ def _completed(stored: dict[str, np.ndarray], key: str, value: Any) -> Any:
 def _like(saved: np.ndarray, old: Any, key: str) -> Any:
     if np.shape(old) != saved.shape:
         raise ValueError(f"the saved {key!r} has shape {saved.shape}, but this plan needs {np.shape(old)}")
-    # A number stays one: for an array in its place a program would be compiled.
-    return float(saved) if isinstance(old, float) else jnp.asarray(saved)
+    return number_stays(old, jnp.asarray(saved))
 
 
 def flat(plan: Plan, ops: list[Any], names: Callable[[Any], Iterable[str]] | None = None) -> dict[str, np.ndarray]:

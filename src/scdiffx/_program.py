@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scdiffx._core.fields import learnables, replace, structural
+from scdiffx._core.fields import learnables, number_stays, replace, structural
 from scdiffx._slots import Part, Slot
 from scdiffx._steps import Plan, Step, _cast, restructured
 
@@ -159,8 +159,7 @@ class Program:
         ops = self.with_params(params)
         for name in self.learned:
             i, field = self.find(name)
-            # Numbers stay such: with an array in place of one, every program would be compiled once more.
-            alike = jax.tree.map(_numbers_stay, getattr(self.ops[i], field), getattr(ops[i], field))
+            alike = jax.tree.map(number_stays, getattr(self.ops[i], field), getattr(ops[i], field))
             ops[i] = replace(ops[i], **{field: alike})
         used, inputs, values = self.plan.run(ops=ops, prepare=restructured)
         used = [_cast(op, jnp.float32) for op in used]
@@ -299,10 +298,6 @@ def _value_before(plan: Plan, i: int, slot: Slot, inputs: dict[Slot, Any], value
     if later:
         raise ValueError(f"{slot} is written both before and after the learned steps; use `key_added` or a layer")
     return _cast(values[slot], dtype)
-
-
-def _numbers_stay(old: Any, new: Any) -> Any:
-    return float(new) if isinstance(old, float) else new
 
 
 def parameter_names(plan: Plan, ops: list[Any]) -> list[str]:

@@ -152,8 +152,9 @@ def _in_turn(f: Callable[[Any], T], parts: Any) -> T:
 
 def _of_stored(x: Counts, f: Callable[..., T], *by_block: Array) -> T:
     """``f(data, position, *by_block)`` of the stored values of each block: what it makes of them stays in the cache."""
-    parts = padded(x.data), padded(x.position, fill=x.block_rows * x.shape[1]), *(padded(a) for a in by_block)
-    return jax.tree.map(lambda a: a[: x.data.shape[0]], _in_turn(lambda part: f(*part), parts))
+    stored, _, _ = _blocks(x, shared=True)
+    found = _in_turn(lambda part: f(*part), (*stored, *map(padded, by_block)))
+    return jax.tree.map(lambda a: a[: x.data.shape[0]], found)
 
 
 @_one_program()
@@ -195,23 +196,14 @@ def row_sums(x: Rows) -> Float[Array, " cells"]:
 @_one_program()
 def rows_to_values(x: Counts, v: Array, pad: int = 0) -> Array:
     """What `v` (cells,) holds for the cell of each stored value (blocks, nnz); `pad` at pads."""
-    return _of_stored(x, _row_value(x), _by_block(x, v, pad))
-
-
-def _by_block(x: Counts, v: Array, pad: int = 0) -> Array:
-    """A value for each cell as (blocks, rows + 1): the last is the row of pads."""
-    blocks, rows = x.data.shape[0], x.block_rows
+    blocks, rows, genes = x.data.shape[0], x.block_rows, x.shape[1]
     each = jnp.pad(v, (0, blocks * rows - n_rows(x))).reshape(blocks, rows)
-    return jnp.pad(each, ((0, 0), (0, 1)), constant_values=pad)
-
-
-def _row_value(x: Counts) -> Callable[[Array, Array, Array], Array]:
-    genes = x.shape[1]
+    each = jnp.pad(each, ((0, 0), (0, 1)), constant_values=pad)  # the row of pads
 
     def of_block(data: Array, position: Array, values: Array) -> Array:
         return values.at[position // genes].get(mode="promise_in_bounds", indices_are_sorted=True)
 
-    return of_block
+    return _of_stored(x, of_block, each)
 
 
 @_one_program("n_groups")
@@ -229,8 +221,7 @@ def scale_rows(x: R, factor: Float[Array, " cells"]) -> R:
         return x.changed(scale_rows, factor)
     if not isinstance(x, Counts):
         return x * factor[:, None]
-    value = _row_value(x)
-    return x.with_data(_of_stored(x, lambda d, p, v: d * value(d, p, v), _by_block(x, factor)))
+    return x.with_data(x.data * rows_to_values(x, factor))
 
 
 @_one_program()

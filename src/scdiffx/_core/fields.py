@@ -17,6 +17,7 @@ __all__ = [
     "fields_of_kind",
     "learnable",
     "learnables",
+    "number_stays",
     "operator",
     "replace",
     "static",
@@ -117,6 +118,11 @@ def operator(cls: type[T]) -> type[T]:
 def called(op: Any, *args: Any, **kwargs: Any) -> Any:
     """The operator's result, computed as one compiled program."""
     return op(*args, **kwargs)
+
+
+def number_stays(old: Any, new: Any) -> Any:
+    """The new value, as a number of Python where the old one was: an array in its place would be compiled for anew."""
+    return float(new) if isinstance(old, float) else new
 
 
 def fields_of_kind(op: Any, kind: str) -> Iterator[dataclasses.Field[Any]]:

@@ -17,9 +17,9 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from scdiffx._core.devices import divisible
 
-__all__ = ["PANEL", "Pattern", "bucket", "slots_of"]
+__all__ = ["Pattern", "slots_of"]
 
-PANEL = 8
+_PANEL = 8
 
 
 class Pattern(NamedTuple):
@@ -58,7 +58,7 @@ class Pattern(NamedTuple):
         degree = np.diff(indptr)
         width = _best_width(degree, 1)
         row = np.repeat(np.arange(n), degree)
-        rows = divisible(n + bucket(int((np.maximum(degree - 1, 0) // width).sum()), n))
+        rows = divisible(n + _bucket(int((np.maximum(degree - 1, 0) // width).sum()), n))
         slot, owner = slots_of(row, np.arange(len(indices)) - indptr[row], width, n, rows)
         position = sp.csr_matrix((np.arange(len(indices)), indices, indptr), shape=(n, n)).tocsc().data
         return cls(
@@ -111,8 +111,8 @@ def _best_width(degree: np.ndarray, least: int) -> int:
     rows fit into it: sums of so few slots are compiled to slower code.
     """
     counts, most = np.bincount(degree), int(np.percentile(degree, 90))
-    first = max(-(-max(least, 1) // PANEL), 1 if most <= PANEL else 2) * PANEL
-    widths = np.arange(first, max(first, most) + PANEL, PANEL)
+    first = max(-(-max(least, 1) // _PANEL), 1 if most <= _PANEL else 2) * _PANEL
+    widths = np.arange(first, max(first, most) + _PANEL, _PANEL)
     values = np.arange(len(counts))
     overflow = np.asarray([(np.ceil(np.maximum(values - w, 0) / w) * counts).sum() for w in widths])
     return int(widths[np.argmin(widths * (degree.size + overflow) + 2 * overflow)])
@@ -150,7 +150,7 @@ def _place(
     # A row of overflow starts where rank is a multiple of the width; with rank starting at k <= width each such start
     # is present in the list, so overflow rows can be numbered by counting them.
     needed = int(((rank >= width) & (rank % width == 0)).sum())
-    rows = divisible(n + bucket(needed, n))
+    rows = divisible(n + _bucket(needed, n))
     if like is not None:
         rows = max(rows, like.indices.shape[0])
     extra_slot, owner = slots_of(owner_cell, rank, width, n, rows)
@@ -170,7 +170,7 @@ def _place(
     )
 
 
-def bucket(needed: int, n: int) -> int:
+def _bucket(needed: int, n: int) -> int:
     """Overflow rows rounded up, so that a refreshed graph of the same cells keeps its shape."""
     step = max(8, n // 16)
     return -(-max(needed, 1) // step) * step

@@ -19,6 +19,7 @@ __all__ = [
     "PENALTIES",
     "Envelope",
     "Training",
+    "compact",
     "envelope",
     "folds",
     "limits",
@@ -109,6 +110,19 @@ def standards(x: C.Matrix, codes: np.ndarray) -> Training:
     if dense:
         x = _dense(x, mean, sd)
     return Training(x, codes, mean, sd, jnp.where(constant, 0, variance), dense)
+
+
+def compact(data: Training) -> tuple[Training, Array | None]:
+    """The same regression in as many directions as there are cells, and these axes (genes, cells), if that is less.
+
+    A ridge leaves no weight in directions without cells (Hastie and Tibshirani 2004, Efficient quadratic regularization
+    for expression arrays).
+    """
+    cells, genes = data.x.shape
+    if not data.dense or 2 * cells > genes:
+        return data, None
+    axes, scores = np.linalg.qr(np.asarray(data.x).T)
+    return data._replace(x=jnp.asarray(scores.T)), jnp.asarray(axes)
 
 
 def _logits(x: C.Matrix, mean: Array, sd: Array, weights: Array, dense: bool) -> Array:

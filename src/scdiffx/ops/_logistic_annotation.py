@@ -20,6 +20,7 @@ from scdiffx.ops._annotation_fit import (
     PENALTIES,
     Envelope,
     Training,
+    compact,
     envelope,
     folds,
     logistic,
@@ -111,9 +112,11 @@ class LogisticAnnotation:
         with one_blas_thread(), jax.enable_x64(True):
             data = standards(rows(x, known), codes[known])
             fold = folds(data.codes, self.n_folds, np.random.default_rng(seed))
-            op, start = self._chosen(data, fold)
+            small, axes = compact(data)
+            op, start = self._chosen(small, fold)
             assert op.penalty is not None
-            weights, bias, converged = logistic(data, np.ones(len(known)), op.penalty, start, _TOLERANCE)
+            weights, bias, converged = logistic(small, np.ones(len(known)), op.penalty, start, _TOLERANCE)
+            weights = weights if axes is None else axes @ weights
             spread = envelope(data, fold, self.n_folds)
         if not converged:
             warn(f"the logistic regression has not converged at penalty={op.penalty}: lower it")

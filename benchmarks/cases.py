@@ -283,7 +283,7 @@ CASES = (
         scores.inertia, scores.same_labels,
     ),
     Case(
-        "tl.leiden", "graph", ours("tl.leiden", LEIDEN),
+        "tl.leiden", "graph", ours("tl.leiden", LEIDEN, n_iterations=2),
         scanpy("tl.leiden", LEIDEN, flavor="igraph", n_iterations=2, directed=False),
         scores.partition, scores.same_labels,
     ),

@@ -122,11 +122,11 @@ def slots_of(
     row: np.ndarray, rank: np.ndarray, width: int, n: int, rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Flat slots of the `rank`-th edges of each `row` (grouped by row), and the owners of the overflow rows."""
-    split = rank // width
-    surplus = np.flatnonzero((split > 0) & (rank % width == 0))
-    overflow_row = np.cumsum((split > 0) & (rank % width == 0)) - 1
-    slot = np.where(split == 0, row, n + overflow_row) * width + rank % width
-    owner = row[surplus]
+    slot = row * np.int64(width) + rank
+    surplus = np.flatnonzero(rank >= width)  # few: a width is chosen so
+    place = rank[surplus] % width
+    slot[surplus] = (n - 1 + np.cumsum(place == 0)) * width + place
+    owner = row[surplus[place == 0]]
     if rows is not None:
         owner = np.concatenate([owner, np.full(rows - n - len(owner), n)])
     return slot, owner

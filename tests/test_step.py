@@ -13,6 +13,8 @@ import pytest
 
 import scdiffx as sd
 from helpers import changed, contents, pbmc_counts
+from scdiffx._slots import Obsm
+from scdiffx._steps import Step, Write
 
 
 class Powers(NamedTuple):
@@ -119,3 +121,42 @@ def test_what_cannot_be_a_step_changes_nothing(
     with pytest.raises(error, match=match):
         sd.step(adata, **{"op": Power(), "reads": "obsm/X_z", "writes": BOTH} | wrong)
     assert not changed(before, contents(adata))
+
+
+class Shifted:
+    """Not an operator of JAX: counts how often it is called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, z: Any) -> Any:
+        self.calls += 1
+        return z + 1
+
+
+def _chain(adata: ad.AnnData, target: str) -> tuple[Any, Shifted]:
+    """A plan whose last step prepares nothing, after one that does."""
+    plan, shifted = sd.plan(adata), Shifted()
+    sd.pp.pca(plan, n_comps=4)
+    last = Step("shifted", shifted, (Obsm("X_pca"),), (Write(Obsm(target), lambda op, z: z),), compiled=False)
+    plan.add(last)
+    return plan, shifted
+
+
+def test_a_fit_leaves_steps_that_prepare_nothing_for_when_they_are_asked_for(adata: ad.AnnData) -> None:
+    plan, shifted = _chain(adata, "X_shifted")
+    eager = plan.run()[2]
+    assert shifted.calls == 1
+    values = plan.run(lazily=True)[2]
+    assert shifted.calls == 1
+    np.testing.assert_array_equal(values[Obsm("X_shifted")], eager[Obsm("X_shifted")])
+    np.testing.assert_array_equal(values[Obsm("X_shifted")], values[Obsm("X_pca")] + 1)
+    assert shifted.calls == 2
+    with pytest.raises(KeyError):
+        values[Obsm("X_absent")]
+
+
+def test_a_step_that_changes_what_others_wrote_is_not_left_for_later(adata: ad.AnnData) -> None:
+    plan, shifted = _chain(adata, "X_pca")
+    assert (plan.run(lazily=True)[2][Obsm("X_pca")] == plan.run()[2][Obsm("X_pca")]).all()
+    assert shifted.calls == 2

@@ -11,7 +11,6 @@ import scdiffx as sd
 from helpers import pbmc_counts
 from scdiffx._fit._controls import direct_predictor
 from scdiffx._fit._split import three_ways
-from scdiffx._slots import Obsm
 
 
 @pytest.fixture(scope="module")
@@ -206,5 +205,5 @@ def test_predictor_of_numbers_is_a_nearest_neighbour_mean(data):
     z, depth = plan.apply(copy=True).obsm["X_pca"], data.obs["depth"].to_numpy()
     predicted = KNeighborsRegressor(15).fit(z[split.train], depth[split.train]).predict(z)
     r = np.corrcoef(predicted[split.test], depth[split.test])[0, 1]
-    found = direct_predictor(plan, loss, split, {Obsm("X_pca"): z})
+    found = direct_predictor(plan, loss, split, z)
     assert found["test"] == pytest.approx(1 - r, abs=1e-4)

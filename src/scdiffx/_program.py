@@ -26,7 +26,7 @@ class Program:
 
     ``ops`` are all operators as initialised; ``learned`` the names of the parameters that move; ``active`` the
     positions that are evaluated anew; ``frozen`` the values that the active steps read from elsewhere; ``found`` what
-    the plan's own run made of every slot.
+    the plan's own run made of every slot, or will make when asked.
     """
 
     plan: Plan
@@ -47,7 +47,7 @@ class Program:
             raise ValueError("the plan is empty: call functions of `sd.pp` and `sd.tl` on it first")
         # The plan starts as it would without the scope of double precision, in which its steps decide by their inputs.
         with jax.enable_x64(False) if dtype == jnp.float64 else contextlib.nullcontext():
-            ops, inputs, values = plan.run()
+            ops, inputs, values = plan.run(lazily=dtype == jnp.float32)
         ops = [_cast(op, dtype) for op in ops]
         learned = select(parameter_names(plan, ops), learn)
         if not learned:
@@ -161,14 +161,18 @@ class Program:
             i, field = self.find(name)
             alike = jax.tree.map(number_stays, getattr(self.ops[i], field), getattr(ops[i], field))
             ops[i] = replace(ops[i], **{field: alike})
-        used, inputs, values = self.plan.run(ops=ops, prepare=restructured)
+        used, inputs, values = self.plan.run(ops=ops, prepare=restructured, lazily=True)
         used = [_cast(op, jnp.float32) for op in used]
         frozen = _frozen(self.plan, self.active, inputs, values)
         return Program(self.plan, used, self.learned, self.active, frozen, found=values)
 
-    def values(self) -> dict[Slot, Any]:
-        """What :meth:`evaluate` gives at the operators as they are, from the run that initialised them."""
-        return self.frozen | {slot: _cast(self.found[slot], self.dtype) for slot in self._moved()}
+    def values(self, wanted: Iterable[Slot]) -> dict[Slot, Any]:
+        """What :meth:`evaluate` gives for some slots at the operators as they are, from the run that initialised them.
+
+        Steps that prepare nothing and lead to none of these slots have not been run.
+        """
+        moved = self._moved()
+        return {slot: _cast(self.found[slot], self.dtype) if slot in moved else self.frozen[slot] for slot in wanted}
 
     @property
     def written(self) -> set[Slot]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,6 +142,22 @@ def host_outputs(adata: Any, step: Step, op: Any, result: Any, args: tuple[Any, 
     return values | dict(step.notes(op, result, args))
 
 
+def _whole(slot: Slot | None) -> Slot | None:
+    return slot.of if isinstance(slot, Part) else slot
+
+
+class Values(dict[Slot, Any]):
+    """What steps made of slots; `rest` runs those that were left for later, one after the other."""
+
+    rest: Iterator[None] = iter(())
+
+    def __missing__(self, slot: Slot) -> Any:
+        for _ in self.rest:
+            if slot in self:
+                return self[slot]
+        raise KeyError(slot)
+
+
 @dataclass
 class Plan:
     """The calls of a workflow, recorded instead of run; `sd.pp` and `sd.tl` take it in place of an AnnData."""
@@ -201,21 +217,48 @@ class Plan:
         ops: list[Any] | None = None,
         prepare: Callable[..., Any] = initialised,
         on_result: Callable[[Step, Any, Any, tuple[Any, ...]], None] | None = None,
+        lazily: bool = False,
     ) -> tuple[list[Any], dict[Slot, Any], dict[Slot, Any]]:
-        """Run all steps in order; returns the operators as used, the slots read from the AnnData, and all values."""
+        """Run all steps in order; returns the operators as used, the slots read from the AnnData, and all values.
+
+        With `lazily` the last steps, those after which no operator has anything to prepare, run when one of their
+        values is asked for.
+        """
         inputs: dict[Slot, Any] = {}
-        values: dict[Slot, Any] = {}
-        used = []
-        for i, step in enumerate(self.steps):
+        values = Values()
+        used = [step.op for step in self.steps] if ops is None else list(ops)
+
+        def arguments(step: Step, written: Collection[Any] = ()) -> tuple[Any, ...]:
+            """What a step reads, but for what others are yet to write."""
             with jax.enable_x64(True):
-                args = tuple(self._value(slot, inputs, values) for slot in step.reads)
-            op, result = run_step(step, args, op=None if ops is None else ops[i], prepare=prepare)
+                there = (slot for slot in step.reads if _whole(slot) not in written)
+                return tuple(self._value(slot, inputs, values) for slot in there)
+
+        def run(number: int) -> None:
+            step = self.steps[number]
+            args = arguments(step)
+            op, result = run_step(step, args, op=used[number], prepare=prepare)
             if on_result is not None:
                 on_result(step, op, result, args)
-            used.append(op)
+            used[number] = op
             for slot, value in step.outputs(op, result).items():
                 values[slot] = value if _is_double(args) else _cast(value, jnp.float32)
+
+        last = self._prepared_by(used) if lazily else len(used)
+        for number in range(last):
+            run(number)
+        written: set[Slot] = set()
+        for step in self.steps[last:]:
+            arguments(step, written)
+            written |= {w.slot for w in step.writes}
+        values.rest = map(run, range(last, len(used)))
         return used, inputs, values
+
+    def _prepared_by(self, ops: list[Any]) -> int:
+        """The number of steps after which no operator has anything to prepare, and none changes what others wrote."""
+        last = max((i + 1 for i, op in enumerate(ops) if hasattr(op, "init")), default=0)
+        slots = [[w.slot for step in part for w in step.writes] for part in (self.steps[:last], self.steps[last:])]
+        return len(ops) if set(slots[0]) & set(slots[1]) or len(set(slots[1])) < len(slots[1]) else last
 
     def _value(self, slot: Slot | None, inputs: dict[Slot, Any], values: dict[Slot, Any]) -> Any:
         if slot is None:

@@ -16,7 +16,6 @@ from scdiffx._core.runtime import ensure_cache, one_blas_thread
 from scdiffx._fit._objective import check_arguments, labels_of, parts_of
 from scdiffx._fit._split import Split, blind, three_ways
 from scdiffx._log import progress_bar
-from scdiffx._slots import Slot
 from scdiffx._steps import Plan
 from scdiffx.losses import Loss
 from scdiffx.losses._terms import Correlation, CrossEntropy, TimeOrder
@@ -166,26 +165,24 @@ def _judged(plan: Plan, loss: Loss, split: Split) -> dict[str, float]:
     """The losses of a plan as it is."""
     _, inputs, values = plan.run()
     everything = inputs | values
-    objectives, parts = parts_of(loss, split, plan, everything, everything)
+    objectives, parts = parts_of(loss, split, plan, everything, lambda wanted: everything)
     losses = {name: float(objectives[name].value(everything, part)) for name, part in parts.items()}
     return losses | {"test": float("nan")} if blind(split, loss, plan.adata) else losses
 
 
-def direct_predictor(plan: Plan, loss: Loss, split: Split, embeddings: Mapping[Slot, np.ndarray]) -> dict[str, float]:
+def direct_predictor(plan: Plan, loss: Loss, split: Split, z: np.ndarray | None) -> dict[str, float]:
     """The first labelled term of a loss for a prediction of its labels from the unfitted plan, by part.
 
-    Times are predicted by the mean of the 15 nearest labelled training cells in the first array of `obsm` that the plan
-    writes, as it is before the fit; classes by their shares among them, each mixed with a hundredth of the classes'
-    own shares. Nothing where the loss has no such term or the plan writes no such array.
+    Times are predicted by the mean of the 15 nearest labelled training cells in `z`, the first array of `obsm` that
+    the plan writes, as it is before the fit; classes by their shares among them, each mixed with a hundredth of the
+    classes' own shares. Nothing where the loss has no such term or the plan writes no such array.
     """
     found = labels_of(loss, plan.adata)
     if found is None or not isinstance(found[0], Correlation | TimeOrder | CrossEntropy):
         return {}
     term, labels = found
-    slot = next((w.slot for step in plan.steps for w in step.writes if w.slot in embeddings), None)
-    if slot is None:
+    if z is None:
         return {}
-    z = embeddings[slot]
     by_class = isinstance(term, CrossEntropy)
     known = split.train & (labels >= 0 if by_class else np.isfinite(labels)) & np.isfinite(z).all(1)
     if z.ndim != 2 or known.sum() < 2:

@@ -137,7 +137,7 @@ def fit(
         adopted=outcome.adopted,
         history=history,
         genes=list(plan.adata.var_names),
-        predictor=direct_predictor(plan, loss, split, run.embeddings),
+        predictor=direct_predictor(plan, loss, split, run.embedding),
         _plan=plan,
     )
     if progress:

@@ -17,6 +17,10 @@ from scdiffx.losses import Loss
 __all__ = ["Objective", "Part", "check_arguments", "labels_of", "parts_of"]
 
 
+# The values of the slots that are asked for.
+ValuesOf = Callable[[Iterable[Slot]], Mapping[Slot, Any]]
+
+
 class Part(NamedTuple):
     """What travels into compiled code: terms with what they hold, their targets (None: a value of the plan), the cells.
 
@@ -38,11 +42,11 @@ class Objective:
         self.terms = [term for _, term in loss.terms]
         self.slots = [plan.slot(term.output) for term in self.terms]
 
-    def prepared(self, values: Mapping[Slot, Any], keep: Any) -> Part:
+    def prepared(self, values: ValuesOf, keep: Any) -> Part:
         """Terms with readouts and neighbours found at these values, among the cells to `keep`."""
         targets = [self._target(term) for term in self.terms]
         part = Part(self.terms, targets, jnp.asarray(keep))
-        return part._replace(terms=self._each(part, values, initialised))
+        return part._replace(terms=self._each(part, values(self.needed), initialised))
 
     def restructured(self, part: Part, values: Mapping[Slot, Any], at: Part) -> Part:
         """The part with discrete structure found anew, among the cells of `at`."""
@@ -53,10 +57,15 @@ class Objective:
 
     def _each(self, part: Part, values: Mapping[Slot, Any], prepare: Callable[..., Any]) -> list[Any]:
         for term, slot in zip(self.terms, self.slots, strict=True):
-            if slot not in values:
+            if slot not in self.written:
                 raise ValueError(f"no learned parameter affects {term.output!r}: the loss cannot be lowered through it")
         both = zip(part.terms, self.slots, part.targets, strict=True)
-        return [prepare(term, (values[slot], target, part.keep), None) for term, slot, target in both]
+        return [prepare(term, (values.get(slot), target, part.keep), None) for term, slot, target in both]
+
+    @property
+    def needed(self) -> set[Slot]:
+        """The slots whose values terms are prepared by."""
+        return {slot for term, slot in zip(self.terms, self.slots, strict=True) if hasattr(term, "init")}
 
     def value(self, values: Mapping[Slot, Any], part: Part, readouts: list[dict[str, Any]] | None = None) -> Any:
         """The weighted sum of the terms; pure."""
@@ -99,7 +108,7 @@ def _column(term: Any, adata: Any) -> Any:
 
 
 def parts_of(
-    loss: Loss, split: Any, plan: Plan, written: Iterable[Slot], values: Mapping[Slot, Any]
+    loss: Loss, split: Any, plan: Plan, written: Iterable[Slot], values: ValuesOf
 ) -> tuple[dict[str, Objective], dict[str, Part]]:
     """What each part of a split is judged by, and its terms and cells: "train", and "holdout" and "test" where given.
 

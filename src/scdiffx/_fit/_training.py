@@ -16,7 +16,7 @@ from scdiffx._fit._objective import Objective, Part, parts_of
 from scdiffx._fit._split import Split, blind
 from scdiffx._log import progress_bar
 from scdiffx._program import Program
-from scdiffx._slots import Obsm, Slot
+from scdiffx._slots import Obsm
 from scdiffx.losses import Loss
 
 __all__ = ["Loop", "Outcome", "Run"]
@@ -61,13 +61,14 @@ class Run:
     def __init__(self, program: Program, loss: Loss, split: Split) -> None:
         self.program = program
         self._values = jax.jit(program.evaluate)
-        values = program.values()
-        self.objectives, self.given = parts_of(loss, split, program.plan, program.written, values)
+        self.objectives, self.given = parts_of(loss, split, program.plan, program.written, program.values)
         for name, objective in self.objectives.items():
             if objective is not self.objectives["train"]:
                 _without_readout(name, self.given[name])
-        # What the unfitted plan makes of the cells, for predictions of the same labels.
-        self.embeddings: dict[Slot, np.ndarray] = {s: np.asarray(v) for s, v in values.items() if isinstance(s, Obsm)}
+        # The first table that the unfitted plan makes of the cells, for predictions of the same labels.
+        written = [w.slot for step in program.plan.steps for w in step.writes if isinstance(w.slot, Obsm)]
+        tables = program.values([slot for slot in written if slot in program.written][:1])
+        self.embedding: np.ndarray | None = next((np.asarray(table) for table in tables.values()), None)
         self.blind = blind(split, loss, program.plan.adata)
         self.start: Params = {"plan": program.start(), "loss": Objective.readouts(self.given["train"])}
         self._step = jax.jit(jax.value_and_grad(self._losses, has_aux=True))
@@ -104,7 +105,10 @@ class Run:
             program = program.refreshed(params["plan"])
         if any(self.objectives[name].has_structure(part) for name, part in given.items()):
             # A refresh has run the plan at these parameters.
-            values = program.values() if anew else self._values(program.with_params(params["plan"]), program.frozen)
+            if anew:
+                values = program.values(set().union(*(o.needed for o in self.objectives.values())))
+            else:
+                values = self._values(program.with_params(params["plan"]), program.frozen)
             found: dict[int, Part] = {}
             for name, part in given.items():
                 objective = self.objectives[name]

@@ -281,13 +281,25 @@ def _started(A: Any, start: Array | None, plan: _Plan) -> _State:
     space, m = _empty(A.shape[0], plan.capacity, dtype_of(A)), 0
     if start is not None:
         m = min(start.shape[1], plan.block)
-        space = _append(A, space, start[:, :m].astype(dtype_of(A)).T)
+        space = _begun(A, space, start[:, :m])
     nothing = jnp.zeros((), dtype_of(_lowered(A)))
     zero = jnp.zeros((), jnp.int32)
     seeds = jnp.asarray(-(-(plan.block - m) // _WINDOW), jnp.int32)
     blank = jnp.zeros((_WINDOW, A.shape[0]), space.basis.dtype)
     state = _State(space, _Bounds(nothing, nothing, nothing), blank, seeds, zero, zero > 0, zero, zero + m)
     return _advance(A, state, plan) if m >= plan.k else state
+
+
+def _begun(A: Any, space: _Space, start: Array) -> _Space:
+    """The space with the columns of `start`, a window at a time, for copies of all at once would take memory."""
+    m, width = start.shape[1], min(start.shape[1], _WINDOW)
+
+    def window(number: Array, space: _Space) -> _Space:
+        # The last window may begin in the one before: what is known already becomes null.
+        columns = lax.dynamic_slice_in_dim(start, jnp.minimum(number * width, m - width), width, axis=1)
+        return _append(A, space, columns.astype(space.basis.dtype).T)
+
+    return lax.fori_loop(0, -(-m // width), window, space)
 
 
 def _advance(A: Any, state: _State, plan: _Plan) -> _State:

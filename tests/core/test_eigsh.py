@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,14 +101,16 @@ def test_eigsh_all_pairs_of_a_tiny_matrix() -> None:
     assert_eigen(eigsh(jnp.asarray(matrix), 20), matrix, 20)
 
 
-def test_warm_start_needs_one_check(walk: sp.csr_matrix) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["alone", "inside of a program"])
+def test_warm_start_needs_one_check(walk: sp.csr_matrix, compiled: bool) -> None:
     A = edges_of(walk)
     cold = eigsh(A, 10)
-    warm = eigsh(A, 10, start=cold.vectors)
+    find = jax.jit(eigsh, static_argnums=1) if compiled else eigsh
+    warm = find(A, 10, start=cold.vectors)
     assert int(warm.n_matvecs) <= 40  # the images of the start, the residuals of two windows, and those reported
     assert bool(warm.converged)
     np.testing.assert_allclose(warm.values, cold.values, atol=1e-12)
-    near = eigsh(A, 10, start=cold.vectors + 1e-5 * np.random.default_rng(0).standard_normal((A.n, 10)))
+    near = find(A, 10, start=cold.vectors + 1e-5 * np.random.default_rng(0).standard_normal((A.n, 10)))
     assert_eigen(near, walk.toarray(), 10)
     assert int(near.n_matvecs) < int(cold.n_matvecs)
 

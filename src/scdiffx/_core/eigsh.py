@@ -145,7 +145,25 @@ def eigsh(
     if oversample < _WINDOW:
         raise ValueError(f"oversample={oversample} must be at least {_WINDOW}")
     tol = (1e-10 if dtype_of(A) == jnp.float64 else 5e-6) if tol is None else tol
+    if start is not None and start.shape[1] >= k and n > _DENSE and not _traced(A, start):
+        # The space of a search is several times larger than what a look at converged pairs takes.
+        found = _confirmed(A, start[:, : k + oversample], k, tol)
+        if found.converged:
+            return found
     return _eigsh(A, start, k, oversample, tol, max_steps)
+
+
+def _traced(*trees: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+@partial(jax.jit, static_argnums=2)
+def _confirmed(A: Any, start: Array, k: int, tol: Array) -> Eigen:
+    """The best pairs of the span of `start`, which are those looked for if they have converged."""
+    size = -(-start.shape[1] // _WINDOW) * _WINDOW
+    plan = _Plan(k, size, size, size, tol)
+    space = _begun(A, _empty(A.shape[0], size, dtype_of(A)), start)
+    return _result(A, space, jnp.asarray(start.shape[1], jnp.int32), plan)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -172,17 +190,18 @@ def _eigsh(A: Any, start: Array | None, k: int, oversample: int, tol: Array, max
         s = lax.while_loop(has_room, lambda s: _step(A, low, s, plan), s)
         return s._replace(space=_compressed(s.space, plan.keep))
 
-    return _result(A, lax.while_loop(going, fill, state), plan)
+    state = lax.while_loop(going, fill, state)
+    return _result(A, state.space, state.matvecs, plan)
 
 
-def _result(A: Any, state: _State, plan: _Plan) -> Eigen:
-    space, k = state.space, plan.k
+def _result(A: Any, space: _Space, matvecs: Array, plan: _Plan) -> Eigen:
+    k = plan.k
     rotation = space.rotation[:, :k].T
     vectors = product(rotation, space.basis)
     residuals = jnp.linalg.norm(_images(A, vectors) - vectors * space.values[:k, None], axis=1)
     residuals = jnp.where(jnp.arange(k) < space.valid.sum(), residuals, jnp.inf)
     ok = (residuals <= plan.tol * _scale(space)).all()
-    return Eigen(space.values[:k], vectors.T, residuals, ok, state.matvecs + k)
+    return Eigen(space.values[:k], vectors.T, residuals, ok, matvecs + k)
 
 
 def _dense(A: Any, plan: _Plan) -> Eigen:

@@ -39,7 +39,6 @@ class Surroundings:
         self.n_cells = n_cells
         self.patterns = patterns
         self.edges = sum((_edges(p) for p in patterns), sp.csr_matrix((n_cells, n_cells), dtype=np.int32))
-        self._place = np.full(n_cells, -1, np.int32)
         self._overflow: dict[int, _Overflow] = {}
         self.size = 0
 
@@ -50,21 +49,21 @@ class Surroundings:
 
     def reached(self, cells: np.ndarray, hops: int) -> np.ndarray:
         """The cells, and after them in ascending order all others that are at most so many edges away."""
-        found = [cells]
+        seen = np.zeros(self.n_cells, bool)
+        seen[cells] = True
         last = cells
-        self._place[cells] = 0
         for _ in range(hops):
-            near = self.edges[last].indices
-            last = np.unique(near[self._place[near] < 0])
-            self._place[last] = 0
-            found.append(last)
-        everything = np.concatenate(found)
-        self._place[everything] = -1
-        return np.concatenate([cells, np.sort(everything[len(cells) :])])
+            # Marks, not a sort: edges are many times as many as cells.
+            near = np.zeros(self.n_cells, bool)
+            near[self.edges[last].indices] = True
+            last = np.flatnonzero(near & ~seen)
+            seen[last] = True
+        seen[cells] = False
+        return np.concatenate([cells, np.flatnonzero(seen)])
 
     def section(self, own: np.ndarray, reached: np.ndarray) -> Section:
         """The section of the cells `reached`, of which its `own` are the first."""
-        place = self._place.copy()
+        place = np.full(self.n_cells, -1, np.int32)
         place[reached] = np.arange(len(reached), dtype=np.int32)
         return Section(own, reached, place, self.size, self._overflow)
 

@@ -46,7 +46,7 @@ class Minibatches:
         self.targets = [None if target is None else _Rows(target) for target in part.targets]
         self.keep = jnp.ones(size, bool)
         self.whole = {
-            i: jax.jit(settled[i].whole)(read_value(program.plan.steps[i].reads[0], program.frozen))
+            i: jax.jit(settled[i].of_all)(read_value(program.plan.steps[i].reads[0], program.frozen))
             for i in self.reach.of_all
         }
         self.refresh(program, settled, part)

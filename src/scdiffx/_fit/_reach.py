@@ -33,8 +33,8 @@ class Reach(NamedTuple):
 
         An operator's ``by_cell`` promises that a cell's result rests on that cell alone. ``reach(learned)`` gives, for
         each input, how many edges away what a cell's result rests on can be; of a graph, a cell's row counts as its.
-        ``whole(x)`` is what it needs of all cells, of a first input that does not move, to learn what is in
-        ``whole_for``.
+        ``of_all(x)`` is what it needs of all cells, of a first input that does not move, to learn what is in
+        ``of_all_for``.
         """
         plan, steps = program.plan, program.plan.steps
         rests = [i for i in program.active if settled[i] is not program.ops[i]]
@@ -51,11 +51,11 @@ class Reach(NamedTuple):
         for name in program.learned:
             i, field = program.find(name)
             learned[i].append(field)
-        of_all = [i for i in near if set(learned[i]) & set(getattr(settled[i], "whole_for", ()))]
+        of_all = [i for i in near if set(learned[i]) & set(getattr(settled[i], "of_all_for", ()))]
         moved: set[Any] = set()
         for i in program.active:
             if i in of_all and set(sources(steps[i])[:1]) & moved:
-                fields = [f"{steps[i].name}.{field}" for field in settled[i].whole_for]
+                fields = [f"{steps[i].name}.{field}" for field in settled[i].of_all_for]
                 raise ValueError(
                     f"batch_size cannot be used here: to learn {fields}, {steps[i].name} needs the mean over all cells "
                     "of what moves. Name what else to learn, or leave batch_size out"

@@ -51,6 +51,7 @@ class Magic:
     first time from which one more step hardly changes the result.
     """
 
+    of_all_for: ClassVar[tuple[str, ...]] = ("filter",)
     t: float | Array | None = learnable(default=3.0, constraint="positive")
     bandwidth: float | Array | None = learnable(default=1.0, constraint="positive")
     decay: float | Array | None = learnable(default=1.0, constraint="positive")
@@ -136,9 +137,7 @@ class Magic:
         """The operator on the cells of a section; of structure on the host."""
         return self if self.pattern is None else replace(self, pattern=section.pattern(self.pattern))
 
-    whole_for: ClassVar[tuple[str, ...]] = ("filter",)
-
-    def whole(self, x: Matrix) -> dict[str, Array]:
+    def of_all(self, x: Matrix) -> dict[str, Array]:
         """What calling needs of all cells where `x` holds some of them, if `filter` is not 0."""
         return {"mean": C.column_sums(x) / x.shape[0]}
 

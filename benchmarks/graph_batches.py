@@ -1,11 +1,13 @@
 """Fits by minibatches of plans that look at neighbours, beside fits on all cells.
 
-    python benchmarks/graph_batches.py fits [--data dlpfc cbmc] [--batches 256 512] [--steps 50] [--seeds 0 1 2]
+    python benchmarks/graph_batches.py fits [--data dlpfc cbmc graph] [--batches 256 512] [--steps 50] [--seeds 0 1 2]
     python benchmarks/graph_batches.py steps [--n 50000] [--genes 500] [--batches 128 256]
 
 `fits`: the test loss before and after, and processor seconds of the whole fit with its compilation. dlpfc: 4,634 spots
 of a slice of brain; MAGIC over the six nearest in space, all of it learned, against held-out molecules. cbmc: 8,617
 blood cells measured twice, by splitting their molecules; gene weights and scales of components against agreement.
+graph: the same cells, once; gene weights, scales of components, weights of five neighbours and averages over these
+against held-out molecules; neighbours are looked up every 25 steps.
 
 `steps`: one gradient of a plan from counts through gene weights, 30 components and neighbours to averages over these,
 for all cells and by batches: cells that it takes in, processor seconds (median of five, warm), the memory that XLA
@@ -61,6 +63,24 @@ def cbmc() -> Case:
     return adata, lambda: to_components(adata), loss, ["highly_variable_genes.shift", "pca.scale"]
 
 
+def graph() -> Case:
+    adata = ad.read_h5ad(DATA / "cite_cbmc" / "cite_cbmc.h5ad")
+    adata = ad.AnnData(adata.X, obs=adata.obs, var=adata.var)
+    sd.pp.split_counts(adata)
+    loss = sd.losses.molecular_cross_validation("magic", "choose", scale="log1p")
+    return adata, lambda: to_averages(adata, 5), loss, MOVING
+
+
+MOVING = ["highly_variable_genes.shift", "pca.scale", "neighbors", "magic.self_weight"]
+
+
+def to_averages(adata: ad.AnnData, n_neighbors: int) -> Any:
+    plan = to_components(adata, "fit")
+    sd.pp.neighbors(plan, n_neighbors=n_neighbors)
+    sd.pp.magic(plan, layer="fit", t=1, neighbors_key="neighbors")
+    return plan
+
+
 def to_components(adata: ad.AnnData, layer: str | None = None) -> Any:
     plan = sd.plan(adata)
     sd.pp.normalize_total(plan, target_sum=1e4, layer=layer)
@@ -72,7 +92,7 @@ def to_components(adata: ad.AnnData, layer: str | None = None) -> Any:
 
 def fits(args: argparse.Namespace) -> None:
     for name in args.data:
-        adata, plan, loss, learn = {"dlpfc": dlpfc, "cbmc": cbmc}[name]()
+        adata, plan, loss, learn = {"dlpfc": dlpfc, "cbmc": cbmc, "graph": graph}[name]()
         for batch in (None, *args.batches):
             losses, seconds = [], []
             for seed in args.seeds:
@@ -90,12 +110,9 @@ def fits(args: argparse.Namespace) -> None:
 def steps(args: argparse.Namespace) -> None:
     adata = ad.AnnData(counts(args.n, args.genes))
     sd.pp.split_counts(adata)
-    plan = to_components(adata, "fit")
-    sd.pp.neighbors(plan)
-    sd.pp.magic(plan, layer="fit", t=1, neighbors_key="neighbors")
+    plan = to_averages(adata, 15)
     loss = sd.losses.molecular_cross_validation("magic", "choose", scale="log1p")
-    learn = ["highly_variable_genes.shift", "pca.scale", "neighbors", "magic.self_weight"]
-    run = Run(Program.build(plan, learn), loss, three_ways(adata, loss, 0.2, 0.2, 0))
+    run = Run(Program.build(plan, MOVING), loss, three_ways(adata, loss, 0.2, 0.2, 0))
     given = {"train": run.given["train"]}
     measured("all cells", args.n, run, (run.settled, run.program.frozen, given))
     for batch in args.batches:
@@ -128,7 +145,7 @@ def measured(name: str, cells: int, run: Run, args: tuple[Any, ...]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["fits", "steps"])
-    parser.add_argument("--data", nargs="+", default=["dlpfc", "cbmc"], choices=["dlpfc", "cbmc"])
+    parser.add_argument("--data", nargs="+", default=["dlpfc", "cbmc"], choices=["dlpfc", "cbmc", "graph"])
     parser.add_argument("--batches", nargs="+", type=int, default=[256])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -33,8 +33,8 @@ compares the two. A row is a function with the operator that it runs; some run o
 - **input**: whether its results are differentiable in its floating inputs (matrix, embedding or graph), the discrete
   structure held. Compared with finite differences in `tests/test_contract.py`.
 - **parameters**: its learnable parameters, compared in the same way.
-- **minibatches**: whether a fit may take it by `batch_size=` while it moves: it looks at one cell at a time. Steps
-  before the first one that moves need not.
+- **minibatches**: whether a fit may take it by `batch_size=` while it moves. *yes*: it looks at one cell at a time;
+  *with neighbours*: batches bring the cells around them. Steps before the first one that moves need neither.
 
 | function | operator | csr | csc | dense | dask | in a plan | input | parameters | minibatches |
 |---|---|---|---|---|---|---|---|---|---|
@@ -79,7 +79,7 @@ def row(function: str, op: Any, dask: str | None, contract: Any) -> str:
     # Once initialised: networks and changes that start at zero are None before.
     names = ", ".join(dict.fromkeys(f"`{name}`" for case in cases for name in case.learns)) or "none"
     rests = "while its input rests" if hasattr(type(op), "settled") else "no"
-    by_cell = "yes" if hasattr(type(op), "by_cell") else rests
+    by_cell = "yes" if hasattr(type(op), "by_cell") else "with neighbours" if hasattr(type(op), "reach") else rests
     return " | ".join([f"`{function}`", f"`{type(op).__name__}`", *formats, "yes", differentiable, names, by_cell])
 
 

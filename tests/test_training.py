@@ -105,7 +105,7 @@ def test_minibatches_are_refused_where_cells_depend_on_each_other(data):
     sd.tl.kmeans(plan, n_clusters=3)
     with pytest.raises(ValueError, match=r"\['kmeans'\] look at all cells at once \(those that do not: \['highly_var"):
         sd.fit(plan, sd.losses.entropy("kmeans_probabilities"), batch_size=50, **QUIET)
-    with pytest.raises(ValueError, match="compares each cell with others"):
+    with pytest.raises(ValueError, match=r"\['BatchMixing'\] look at other cells, so batches reach up to 400 of 400"):
         sd.fit(projection(data), sd.losses.batch_mixing("X_pca", "label"), batch_size=50, **QUIET)
 
 

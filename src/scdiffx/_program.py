@@ -133,13 +133,22 @@ class Program:
         return ops
 
     def evaluate(
-        self, ops: list[Any], frozen: Mapping[Slot, Any], taps: Mapping[int, Mapping[Slot, Any]] | None = None
+        self,
+        ops: list[Any],
+        frozen: Mapping[Slot, Any],
+        taps: Mapping[int, Mapping[Slot, Any]] | None = None,
+        whole: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> dict[Slot, Any]:
-        """All values after the active steps; pure. `taps` are added to the outputs of each step."""
+        """All values after the active steps; pure.
+
+        `taps` are added to the outputs of each step. `whole` holds arguments by name for those steps that need
+        something of all cells where the frozen values are of some.
+        """
         values = dict(frozen)
         for i in self.active:
             step = self.plan.steps[i]
-            result = ops[i](*(read_value(slot, values) for slot in step.reads))
+            known = {} if whole is None else whole.get(i, {})
+            result = ops[i](*(read_value(slot, values) for slot in step.reads), **known)
             for slot, value in step.outputs(ops[i], result).items():
                 values[slot] = value if taps is None else _tapped(value, taps[i][slot])
         return values

@@ -68,8 +68,13 @@ def fit(
     refresh_every
         Steps between searches of discrete structure; 0 for never.
     batch_size
-        Take each step on this many training cells, drawn without replacement, rather than on all of them. The moving
-        steps of the plan, and the loss, must look at one cell at a time. All cells are judged every 25 steps.
+        Take each step on this many training cells, drawn without replacement, rather than on all of them. All cells are
+        judged every 25 steps. Where the moving steps of the plan look at one cell at a time, cells are drawn at random.
+        Where they look at neighbours (`pp.neighbors`, `pp.magic`, moments), a batch is a group of cells near each
+        other, and brings with it all cells on which its results rest, as many edges away as the steps look together:
+        loss and derivatives are those of the whole data, restricted to these cells. `batch_mixing` and
+        `replicate_consistency` bring the cells that they compare with. Refused: steps that look at all cells, and
+        batches that would bring more than half of these.
     holdout
         What to choose by: a fraction of the cells, drawn at random (label by label where the loss has labels), a
         boolean column of obs, or a boolean array, whose cells are kept out of the training loss; or another loss, such
@@ -98,7 +103,7 @@ def fit(
     ------
     ValueError
         If a name in `learn`, the holdout or a number is not usable, nothing is learnable, a step or the loss cannot be
-        taken by minibatches, or the checkpoint is that of another fit.
+        taken by minibatches or saves nothing so, or the checkpoint is that of another fit.
     FloatingPointError
         If the loss or a derivative is not finite; names the step.
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from scdiffx._core.counts import dense
 from scdiffx._core.fields import learnables, replace, structural
-from scdiffx._slots import Connectivities, Obs, Slot, X
+from scdiffx._slots import Connectivities, Obs, Obsm, Slot, X
 from scdiffx._steps import Plan, _cast, initialised, restructured
 from scdiffx.losses import Loss
 
-__all__ = ["Objective", "Part", "check_arguments", "labels_of", "parts_of"]
+__all__ = ["Objective", "Part", "check_arguments", "labels_of", "of_cells", "parts_of"]
 
 
 # The values of the slots that are asked for.
@@ -76,7 +77,9 @@ class Objective:
         for weight, term, slot, target in zip(self.weights, terms, self.slots, part.targets, strict=True):
             graph = _graph_of(term)
             other = target if graph is None else values.get(graph, target)
-            total = total + weight * term(values[slot], other, part.keep)
+            # Of a batch with the cells around it, which follow, only terms that look at others take all.
+            value = values[slot] if hasattr(term, "within") else _first(values[slot], slot, len(part.keep))
+            total = total + weight * term(value, other, part.keep)
         return total
 
     @staticmethod
@@ -135,6 +138,15 @@ def check_arguments(plan: Any, loss: Any, **counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+def of_cells(slot: Slot) -> bool:
+    """Whether a slot has a row for each cell."""
+    return isinstance(slot, X | Obs | Obsm)
+
+
+def _first(value: Any, slot: Slot, count: int) -> Any:
+    return dense(value)[:count] if of_cells(slot) and value.shape[0] > count else value
 
 
 def _graph_of(term: Any) -> Connectivities | None:

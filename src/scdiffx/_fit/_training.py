@@ -85,8 +85,10 @@ class Run:
         """The part by which parameters are chosen."""
         return "holdout" if "holdout" in self.given else "train"
 
-    def _losses(self, params: Params, ops: list[Any], frozen: Any, given: Parts, taps: Any = None) -> tuple[Any, Any]:
-        values = self.program.evaluate(self.program.with_params(params["plan"], ops), frozen, taps)
+    def _losses(
+        self, params: Params, ops: list[Any], frozen: Any, given: Parts, taps: Any = None, whole: Any = None
+    ) -> tuple[Any, Any]:
+        values = self.program.evaluate(self.program.with_params(params["plan"], ops), frozen, taps, whole)
         found = {}
         for name, part in given.items():
             objective = self.objectives[name]
@@ -198,8 +200,7 @@ class _Descent:
         else:
             if step % EVERY == 0:
                 self._judge_all(step)
-            frozen, part = self.batches.draw(step)
-            (value, _), grads = self.run_._step(self.params, self.settled, frozen, {"train": part})
+            (value, _), grads = self.run_._step(self.params, *self.batches.draw(step))
             self._check(step, {"train": float(value)}, grads)
         if self.how.patience is not None and step - self.best_step >= self.how.patience:
             return False
@@ -230,6 +231,8 @@ class _Descent:
     def _refresh(self) -> None:
         self.program, self.given = self.run_.refreshed(self.program, self.params, self.given)
         self.settled = self.program.settled()
+        if self.batches is not None:
+            self.batches.refresh(self.program, self.settled, self.given["train"])
 
     def _scheduled(self, params: Params, step: int) -> Params:
         if not self.how.schedules:

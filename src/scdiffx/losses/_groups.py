@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scdiffx._core.fields import buffer, operator, replace, static
 from scdiffx._core.graph import Graph
+from scdiffx._core.section import Section
 from scdiffx.losses._terms import masked_mean
 
 __all__ = ["MOST_REFERENCES", "BatchMixing", "Compactness", "Entropy", "Modularity", "nearest_others"]
@@ -56,10 +57,20 @@ class BatchMixing:
         batches = np.repeat(names, [found.shape[1] for found in lists])
         return replace(self, neighbors=jnp.asarray(np.concatenate(lists, 1), jnp.int32), batches=jnp.asarray(batches))
 
+    def looked_at(self) -> np.ndarray:
+        """The cells that each cell is compared with (cells, some)."""
+        return np.asarray(self.neighbors)
+
+    def within(self, section: Section) -> BatchMixing:
+        """The term for a section's own cells; it takes values of all cells of the section."""
+        return replace(self, neighbors=section.places(np.asarray(self.neighbors)[section.own]))
+
     def __call__(self, value: Float[Array, "cells dims"], target: Array, keep: Bool[Array, " cells"]) -> Array:
         if self.neighbors is None or self.batches is None:
             raise ValueError("BatchMixing needs its neighbours: call `term = term.init(value, target, keep)` first")
-        squared = jax.lax.map(lambda other: ((value - value[other]) ** 2).sum(1), self.neighbors.T).T
+        # The cells that are judged are the first; those of a section that lie around them follow.
+        here = value[: len(self.neighbors)]
+        squared = jax.lax.map(lambda other: ((here - value[other]) ** 2).sum(1), self.neighbors.T).T
         own = target[:, None] == self.batches
         nearest = squared.min(1, keepdims=True)
         # The radius that holds a cell's share of neighbours of its own batch: that of all of them where batches mix.

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scdiffx._core.counts import Counts, row_sums, rows_to_values, values_at
 from scdiffx._core.fields import buffer, operator, replace, static
+from scdiffx._core.section import Section
 from scdiffx.losses._groups import MOST_REFERENCES, nearest_others
 from scdiffx.losses._terms import TINY, deviance_per_molecule, linear_rate, masked_mean, same_shape
 
@@ -109,14 +110,25 @@ class ReplicateConsistency:
             others[here] = np.concatenate([near, distant], 1)
         return replace(self, twin=jnp.asarray(twin, jnp.int32), others=jnp.asarray(others))
 
+    def looked_at(self) -> np.ndarray:
+        """The cells that each cell is compared with (cells, some); -1 for none."""
+        return np.concatenate([np.asarray(self.others), np.asarray(self.twin)[:, None]], 1)
+
+    def within(self, section: Section) -> ReplicateConsistency:
+        """The term for a section's own cells; it takes values of all cells of the section."""
+        twin, others = (section.places(np.asarray(lists)[section.own]) for lists in (self.twin, self.others))
+        return replace(self, twin=twin, others=others)
+
     def __call__(self, value: Float[Array, "cells dims"], target: Array, keep: Bool[Array, " cells"]) -> Array:
         if self.twin is None or self.others is None:
             raise ValueError("ReplicateConsistency needs its pairs: call `term = term.init(value, target, keep)` first")
+        # The cells that are judged are the first; those of a section that lie around them follow.
+        own = value[: len(self.twin)]
 
         # Differences are made again in the derivative: kept, they would be dims times as large as the distances.
         @jax.checkpoint
         def squared(other: Array) -> Array:
-            return ((value - value[other]) ** 2).sum(1)
+            return ((own - value[other]) ** 2).sum(1)
 
         away = jax.lax.map(squared, self.others.T).T
         apart = squared(jnp.maximum(self.twin, 0))

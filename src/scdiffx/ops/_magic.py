@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scdiffx._core import counts as C
 from scdiffx._core.counts import Matrix, dense
 from scdiffx._core.devices import padded, whole
 from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, flip, squared_distances
 from scdiffx._core.knn import nearest
 from scdiffx._core.random import as_seed
+from scdiffx._core.section import Section
 
 __all__ = ["Magic", "MagicResult"]
 
@@ -48,6 +51,7 @@ class Magic:
     first time from which one more step hardly changes the result.
     """
 
+    of_all_for: ClassVar[tuple[str, ...]] = ("filter",)
     t: float | Array | None = learnable(default=3.0, constraint="positive")
     bandwidth: float | Array | None = learnable(default=1.0, constraint="positive")
     decay: float | Array | None = learnable(default=1.0, constraint="positive")
@@ -117,11 +121,27 @@ class Magic:
         power = jnp.where(usable, jnp.exp(self.decay * jnp.log(ratio)), 0)
         weight = jnp.exp(-power)
         # Copies of a cell have weight 1; a cell with many copies has scale 0 and no other neighbours.
-        weight = jnp.where(usable & (weight >= _THRESHOLD) | ~apart, weight, 0)
+        weight = jnp.where((usable & (weight >= _THRESHOLD) | ~apart) & p.valid[: z.shape[0], :most], weight, 0)
         directed = jnp.zeros(p.indices.shape, z.dtype).at[: z.shape[0], :most].set(weight.astype(z.dtype))
         return Graph(p, (directed + flip(p, directed)) / 2)
 
-    def __call__(self, x: Matrix, neighbourhood: Array | Graph) -> MagicResult:
+    def reach(self, learned: Collection[str]) -> tuple[int, ...]:
+        """Values come from as far as the walk goes; its last step is by weights, which rest on what is around them."""
+        if self.n_steps is None or self.t is None:
+            raise ValueError("Magic needs its walk: call `op = op.init(x, neighbourhood)` first")
+        fixed = not {"t", "filter"} & set(learned)
+        hops = min(math.ceil(float(np.asarray(self.t))), self.n_steps) if fixed else self.n_steps
+        return (hops, hops - 1 if self.pattern is None else hops + 1)
+
+    def within(self, section: Section) -> Magic:
+        """The operator on the cells of a section; of structure on the host."""
+        return self if self.pattern is None else replace(self, pattern=section.pattern(self.pattern))
+
+    def of_all(self, x: Matrix) -> dict[str, Array]:
+        """What calling needs of all cells where `x` holds some of them, if `filter` is not 0."""
+        return {"mean": C.column_sums(x) / x.shape[0]}
+
+    def __call__(self, x: Matrix, neighbourhood: Array | Graph, mean: Array | None = None) -> MagicResult:
         if self.n_steps is None or self.filter is None or self.t is None:
             raise ValueError("Magic needs its walk: call `op = op.init(x, neighbourhood)` first")
         genes = x.shape[1]
@@ -137,7 +157,7 @@ class Magic:
             value = _step(graph, stay, value)
             return (value, total + weight * value), None
 
-        rest = (1 - weights.sum()) * x.mean(0)
+        rest = (1 - weights.sum()) * (x.mean(0) if mean is None else padded(mean))
         start = (x, weights[0] * x + rest)
         (_, imputed), _ = jax.lax.scan(step, start, weights[1:])
         return MagicResult(imputed[:, :genes], t)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,10 @@ class Moments:
     """
 
     power: float | Array = learnable(default=0.0)
+
+    def reach(self, learned: Collection[str]) -> tuple[int, ...]:
+        """Values come from the neighbours, by the weights of a cell's own edges."""
+        return (1, 1, 0)
 
     def __call__(self, spliced: Matrix, unspliced: Matrix, graph: Graph) -> MomentsResult:
         mean = neighbour_mean(graph, self.power)

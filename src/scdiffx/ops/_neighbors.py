@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from scdiffx._core.fields import buffer, learnable, operator, replace, static
 from scdiffx._core.graph import Graph, Pattern, columns_to_slots, flip, rows_to_slots, squared_distances
 from scdiffx._core.knn import nearest
 from scdiffx._core.random import as_seed
+from scdiffx._core.section import Section
 
 __all__ = ["DIFFERENTIABLE_METRICS", "KERNELS", "Neighbors", "NeighborsResult", "Replacements", "replacements"]
 
@@ -81,6 +82,21 @@ class Neighbors:
             measured=jnp.asarray(distances[:, 1:], z.dtype) if keep else None,
         )
 
+    def reach(self, learned: Collection[str]) -> tuple[int, ...]:
+        """The weights of a cell's edges rest on its neighbours, and by their scales on the neighbours of these."""
+        return (2,)
+
+    def within(self, section: Section) -> Neighbors:
+        """The operator on the cells of a section; of structure on the host. Neighbours outside are left out."""
+        if self.pattern is None or self.indices is None:
+            raise ValueError("Neighbors needs the neighbour search: call `op = op.init(z)` first")
+        return replace(
+            self,
+            indices=np.maximum(section.places(np.asarray(self.indices)[section.cells]), 0),
+            pattern=section.pattern(self.pattern),
+            measured=None if self.measured is None else self.measured[section.cells],
+        )
+
     def __call__(self, z: Matrix) -> NeighborsResult:
         if self.pattern is None or self.indices is None:
             raise ValueError("Neighbors needs the neighbour search: call `op = op.init(z)` first")
@@ -91,6 +107,7 @@ class Neighbors:
             own = squared[: z.shape[0], :k]
         else:
             own = jax.lax.stop_gradient(self.measured) ** 2
+            own = own * self.pattern.valid[: z.shape[0], :k]
             squared = jnp.zeros(self.pattern.indices.shape, own.dtype).at[: z.shape[0], :k].set(own)
             squared = jnp.maximum(squared, flip(self.pattern, squared))
         kernel = {"umap": _fuzzy_union, "gauss": _gauss}[self.method]
@@ -170,7 +187,8 @@ def _safe_sqrt(squared: Array) -> Array:
 
 def _fuzzy_union(p: Pattern, squared: Array, own: Array, bandwidth: float | Array) -> Array:
     n, k = own.shape
-    strength = _strengths(_safe_sqrt(own), bandwidth)
+    # All neighbours are there among all cells; in a section those outside of it are not.
+    strength = _strengths(_safe_sqrt(own), bandwidth) * p.valid[:n, :k]
     return _union(p, jnp.zeros(squared.shape, squared.dtype).at[:n, :k].set(strength.astype(squared.dtype)))
 
 

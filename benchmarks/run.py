@@ -28,6 +28,7 @@ import pickle
 import platform
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -256,6 +257,19 @@ def slower(result: dict[str, Any]) -> str:
     return "\n".join(["slower than the peer, warm:", *(line for _, line in sorted(found))]) if found else ""
 
 
+def means(result: dict[str, Any]) -> str:
+    """The geometric mean of peer / ours in warm calls, for each number of cells."""
+    ratios: dict[int, list[float]] = {}
+    for mine, other in pairs(result):
+        if other is not None and "cpu_warm" in mine and "cpu_warm" in other:
+            ratios.setdefault(mine["cells"], []).append(other["cpu_warm"] / max(mine["cpu_warm"], 1e-9))
+    lines = [
+        f"{cells:,} cells: peer / ours {number(statistics.geometric_mean(found))} in the geometric mean of {len(found)}"
+        for cells, found in sorted(ratios.items())
+    ]
+    return "\n".join(lines)
+
+
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows of several runs, the later ones in place of the same of earlier ones."""
     groups: dict[tuple[str, int], dict[str, Any]] = {}
@@ -348,7 +362,7 @@ def main(given: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         result = run(args)
     text = sections(result) if args.sections else table(result)
-    print(text, slower(result), sep="\n\n")
+    print(text, slower(result), means(result), sep="\n\n")
     if args.markdown:
         args.markdown.write_text(text + "\n")
     return 0

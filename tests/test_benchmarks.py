@@ -152,13 +152,14 @@ def test_the_latest_results_are_shown_and_what_is_slower_is_named(
     path = [tmp_path / f"{i}.json" for i in range(3)]
     for i, ours in enumerate((2.0, 10.0, 18.0)):
         path[i].write_text(json.dumps({**result(cpu_warm=ours), "date": f"day {i}"}))
-    for last, said in ((2, "slower"), (3, "pp.pca 3000: 2 times scanpy")):
+    for last, said, mean in ((2, "slower", 0.9), (3, "pp.pca 3000: 2 times scanpy", 0.5)):
         assert harness.run.main(["--show", *map(str, path[:last]), "--sections"]) == 0
         out = capsys.readouterr().out
         assert out.count("| `pp.pca` |") == 1
         assert f"# date: day {last - 1}" in out
         assert "## 3,000 cells" in out
         assert (said in out) == (last == 3)
+        assert f"3,000 cells: peer / ours {mean} in the geometric mean of 1" in out
 
 
 def test_a_network_is_scored_against_its_edges(harness: Any, tmp_path: Path) -> None:

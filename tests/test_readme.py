@@ -66,7 +66,7 @@ def branch() -> ad.AnnData:
 @pytest.mark.slow
 def test_readme_examples_run(branch: ad.AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the README leaves the number of steps to the default of 200: what they reach is not what this looks at.
-    monkeypatch.setattr(scdiffx, "fit", functools.partial(scdiffx.fit, n_steps=30))
+    monkeypatch.setattr(scdiffx, "fit", functools.partial(scdiffx.fit, n_steps=8))
     namespace: dict[str, object] = {"adata": branch, "raw": branch.copy()}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)

@@ -63,14 +63,14 @@ def test_processes_and_threads_agree_to_rounding(data_dir: Path, tmp_path: Path)
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs a choice between one core and two")
     data = data_dir / "paul15" / "paul15.h5ad"
-    two, *others = (_in_process(data, n, tmp_path / f"{i}.npz") for i, n in enumerate((2, 2, 1)))
+    # Processes apart in their threads are apart in all that two of one number are: one pair shows both.
+    two, one = (_in_process(data, n, tmp_path / f"{n}.npz") for n in (2, 1))
     # Matrix products of some shapes add up in another order on another number of threads, and on a busy machine.
-    for other in others:
-        assert other["normalised"].tobytes() == two["normalised"].tobytes()
-        off = {name: np.abs(other[name] - two[name]).max() / np.abs(two[name]).max() for name in ("variance", "pca")}
-        assert off["variance"] < 1e-5
-        assert off["pca"] < 1e-3
-        np.testing.assert_allclose(other["pseudotime"], two["pseudotime"], atol=0.02)
+    assert one["normalised"].tobytes() == two["normalised"].tobytes()
+    off = {name: np.abs(one[name] - two[name]).max() / np.abs(two[name]).max() for name in ("variance", "pca")}
+    assert off["variance"] < 1e-5
+    assert off["pca"] < 1e-3
+    np.testing.assert_allclose(one["pseudotime"], two["pseudotime"], atol=0.02)
 
 
 _threads: list[int] = []

@@ -158,29 +158,30 @@ def test_a_centre_of_parts_has_derivatives_and_a_mean_expression() -> None:
     rows = np.r_[:18, SIZES[0] : SIZES[0] + 16]
     counts, spots, batch = counts[rows][:, :40], spots[rows], np.repeat([0, 1], [18, 16])
     limits = ops.SliceLimits(tol=1e-12)
-    # Arrays of a firm type, as in the differences below: both run one compiled program.
     values = {name: jnp.asarray(np.float64(v)) for name, v in {"alpha": 0.2, "epsilon": 0.1, "overlap": 0.8}.items()}
-    op, result = run(counts, spots, batch, reference="center", limits=limits, **values)
+    at = jnp.asarray(counts), jnp.asarray(spots)
+    op = ops.AlignSlices(reference="center", limits=limits, **values).init(*at, jnp.asarray(batch))
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=spots.shape))
+
+    def loss(free: dict[str, Any]) -> tuple[Any, Any]:
+        moved = replace(op, **{name: free[name] for name in values})
+        result = moved(free["counts"], free["spots"], jnp.asarray(batch))
+        return (weight * result.aligned).sum() + result.objective.sum() + jnp.square(result.center).sum(), result
+
+    # One program for the result, its derivative and the differences: there are few calls, and compiling takes longest.
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    free = values | dict(zip(("counts", "spots"), at, strict=True))
+    (_, result), slope = both(free)
     plan, profiles = np.asarray(result.plan), np.zeros((2, 18, 40))
     for k in range(2):
         profiles[k, : (batch == k).sum()] = counts[batch == k]
     shares = (profiles + 0.01) / (profiles + 0.01).sum(2, keepdims=True)
     mean = np.einsum("kij,kjg->ig", plan, shares) / plan.sum((0, 2))[:, None]
     np.testing.assert_allclose(result.center, mean, rtol=1e-6)
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=spots.shape))
-
-    def loss(free: dict[str, Any], call: Any = lambda op, *args: op(*args)) -> Any:
-        at = replace(op, **{name: free[name] for name in values})
-        result = call(at, free["counts"], free["spots"], jnp.asarray(batch))
-        return (weight * result.aligned).sum() + result.objective.sum() + jnp.square(result.center).sum()
-
-    free = values | {"counts": jnp.asarray(counts), "spots": jnp.asarray(spots)}
-    value = functools.partial(loss, call=compiled())
-    slope = jax.jit(jax.grad(loss), compiler_options=QUICK)(free)
     for name in free:
         step = {key: random_direction(v) * (key == name) for key, v in free.items()}
         exact = tree_vdot(slope, step)
-        np.testing.assert_allclose(exact, directional_fd(value, free, step, (1e-5,)), rtol=1e-4)
+        np.testing.assert_allclose(exact, directional_fd(lambda v: both(v)[0][0], free, step, (1e-5,)), rtol=1e-4)
         assert abs(exact) > 1e-6
 
 

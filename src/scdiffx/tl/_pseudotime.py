@@ -105,9 +105,11 @@ def pseudotime(
             raise ValueError(f"weights={weights!r}: the root, cell {data.obs_names[index]!r}, has the weight 0")
         warn_unconverged(op, result)
 
+    # A start that was found to this tolerance has been rounded to single precision since, which adds as much.
+    tol = None if isinstance(adata, Plan) else 2 * SINGLE_TOL if warm else SINGLE_TOL
     step = Step(
         "pseudotime",
-        ops.Pseudotime(n_dcs=n_dcs, n_comps=n_comps, tol=None if isinstance(adata, Plan) else SINGLE_TOL),
+        ops.Pseudotime(n_dcs=n_dcs, n_comps=n_comps, tol=tol),
         reads=(Connectivities(neighbors_key), Given(index), known if warm else None, weights_of(adata, weights)),
         writes=(
             Write(Obs("dpt_pseudotime"), lambda op, result: result.pseudotime, np.float32),

@@ -54,8 +54,8 @@ class Minibatches:
         if room > max(_MOST * self.n_cells, size):
             raise ValueError(
                 f"batch_size={size}: {self.reach.describe()}, so batches reach up to {room} of {self.n_cells} cells: "
-                "beyond half of them little is saved. Leave batch_size out, or make it, the number of neighbours, or the "
-                "steps of a walk smaller"
+                "beyond half of them little is saved. Leave batch_size out, or make it, the number of neighbours, or "
+                "the steps of a walk smaller"
             )
 
     def refresh(self, program: Program, settled: list[Any], part: Part) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,10 +269,14 @@ def test_a_fit_by_batches_lowers_the_loss_of_all_cells(data):
 
 
 @SLOW
-def test_a_fit_goes_on_from_its_checkpoint(data, tmp_path):
+def test_a_fit_goes_on_from_its_checkpoint(data, tmp_path, monkeypatch):
     """Neighbours are looked up anew on the way; what is left off goes on to the same bits."""
+    found, draw = [], Minibatches.draw
+    monkeypatch.setattr(Minibatches, "draw", lambda self, step: found.append(self.ops[2].indices) or draw(self, step))
     whole = sd.fit(on_moving_graph(data), SQUARES, batch_size=BATCH, **FIT)
     assert whole.history["train"][1] != whole.history["train"][0]
+    anew = [not np.array_equal(before, after) for before, after in itertools.pairwise(found)]
+    assert anew == [False, False, True, False, False, True, False]
     sd.fit(on_moving_graph(data), SQUARES, batch_size=BATCH, checkpoint=tmp_path, **FIT | {"n_steps": 5})
     resumed = sd.fit(on_moving_graph(data), SQUARES, batch_size=BATCH, checkpoint=tmp_path, **FIT)
     assert resumed.history == whole.history

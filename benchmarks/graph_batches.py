@@ -24,9 +24,9 @@ from collections.abc import Callable
 from typing import Any
 
 import anndata as ad
-import jax
 import numpy as np
 import scipy.sparse as sp
+from fit_cost import median_cpu
 from pipeline import DATA, counts
 
 import scdiffx as sd
@@ -131,15 +131,9 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def measured(name: str, cells: int, run: Run, args: tuple[Any, ...]) -> None:
-    compiled = run._step.lower(run.start, *args).compile()
-    jax.block_until_ready(run._step(run.start, *args))
-    seconds = []
-    for _ in range(5):
-        start = time.process_time()
-        jax.block_until_ready(run._step(run.start, *args))
-        seconds.append(time.process_time() - start)
-    memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    print(f"{name:>18}: {cells} cells, {np.median(seconds):.3f} CPU s, {memory:.0f} MB", flush=True)
+    seconds = median_cpu(lambda: run._step(run.start, *args))
+    memory = run._step.lower(run.start, *args).compile().memory_analysis().temp_size_in_bytes / 1e6
+    print(f"{name:>18}: {cells} cells, {seconds:.3f} CPU s, {memory:.0f} MB", flush=True)
 
 
 def main() -> None:

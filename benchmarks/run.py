@@ -223,6 +223,13 @@ def pairs(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any] |
     return [(mine, other) for mine, *others in groups.values() for other in others or [None]]
 
 
+def ratio(mine: dict[str, Any], other: dict[str, Any] | None) -> float | None:
+    """How many times the peer's warm call takes of ours, where both have one."""
+    if other is None or "cpu_warm" not in mine or "cpu_warm" not in other:
+        return None
+    return other["cpu_warm"] / max(mine["cpu_warm"], 1e-9)
+
+
 def table(result: dict[str, Any], without: tuple[str, ...] = ()) -> str:
     """Rows of a function and a peer, "ours / theirs"."""
     names = [name for name in HEADER if name not in without]
@@ -234,8 +241,8 @@ def table(result: dict[str, Any], without: tuple[str, ...] = ()) -> str:
             cell["peer"] = f"{other['tool']} {other['version'] or ''}".strip()
             if other["status"] != "ok":
                 cell["peer"] += f": {other['status']}"
-            if "cpu_warm" in mine and "cpu_warm" in other:
-                cell["ratio"] = number(other["cpu_warm"] / max(mine["cpu_warm"], 1e-9))
+        if (found := ratio(mine, other)) is not None:
+            cell["ratio"] = number(found)
         cell |= {key: pair(mine, other, key) for key in ("cpu_first", "cpu_warm", "wall_warm", "peak_mib")}
         lines.append(f"| {' | '.join(cell[name] for name in names)} |")
     return "\n".join(lines)
@@ -245,7 +252,7 @@ def slower(result: dict[str, Any]) -> str:
     """What is slower than its peer in warm calls, worst first."""
     found = []
     for mine, other in pairs(result):
-        if other is not None and "cpu_warm" in mine and "cpu_warm" in other:
+        if other is not None and ratio(mine, other) is not None:
             ours, theirs = mine["cpu_warm"], other["cpu_warm"]
             if ours > SLOWER * theirs and ours - theirs > MORE:
                 found.append(
@@ -261,11 +268,11 @@ def means(result: dict[str, Any]) -> str:
     """The geometric mean of peer / ours in warm calls, for each number of cells."""
     ratios: dict[int, list[float]] = {}
     for mine, other in pairs(result):
-        if other is not None and "cpu_warm" in mine and "cpu_warm" in other:
-            ratios.setdefault(mine["cells"], []).append(other["cpu_warm"] / max(mine["cpu_warm"], 1e-9))
+        if (found := ratio(mine, other)) is not None:
+            ratios.setdefault(mine["cells"], []).append(found)
     lines = [
-        f"{cells:,} cells: peer / ours {number(statistics.geometric_mean(found))} in the geometric mean of {len(found)}"
-        for cells, found in sorted(ratios.items())
+        f"{cells:,} cells: peer / ours {number(statistics.geometric_mean(all_))} in the geometric mean of {len(all_)}"
+        for cells, all_ in sorted(ratios.items())
     ]
     return "\n".join(lines)
 

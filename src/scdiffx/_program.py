@@ -13,9 +13,9 @@ import numpy as np
 
 from scdiffx._core.fields import learnables, number_stays, replace, structural
 from scdiffx._slots import Part, Slot
-from scdiffx._steps import Plan, Step, _cast, restructured
+from scdiffx._steps import Plan, _cast, restructured
 
-__all__ = ["Program", "parameter_names", "select", "sources"]
+__all__ = ["Program", "parameter_names", "select"]
 
 Params = dict[str, Any]
 
@@ -201,7 +201,7 @@ class Program:
         for i in self.active:
             step = self.plan.steps[i]
             settle = getattr(ops[i], "settled", None)
-            if settle is not None and not moving & set(sources(step)):
+            if settle is not None and not moving & set(step.sources):
                 ops[i] = settle(*(read_value(slot, self.frozen) for slot in step.reads))
             moving |= {w.slot for w in step.writes}
         return ops
@@ -248,11 +248,6 @@ def read_value(slot: Slot | None, values: Mapping[Slot, Any]) -> Any:
     return slot.take(read_value(slot.of, values)) if isinstance(slot, Part) else values[slot]
 
 
-def sources(step: Step) -> list[Slot]:
-    """The slots that a step reads, whole ones in place of their parts."""
-    return [slot.of if isinstance(slot, Part) else slot for slot in step.reads if slot is not None]
-
-
 def _active(plan: Plan, learned: Iterable[str]) -> list[int]:
     owners = {name.rsplit(".", 1)[0] for name in learned}
     return _touched(plan, 0, set(), owners)[0]
@@ -270,7 +265,7 @@ def _touched(plan: Plan, first: int, moving: set[Slot], owners: set[str]) -> tup
     touched = []
     for i, step in enumerate(plan.steps[first:], start=first):
         written = {w.slot for w in step.writes}
-        if step.name in owners or moving & set(sources(step)):
+        if step.name in owners or moving & set(step.sources):
             touched.append(i)
             moving = moving | written
         else:
@@ -285,7 +280,7 @@ def _resting(plan: Plan, touched: list[int], needed: set[Slot]) -> list[int]:
         step = plan.steps[i]
         if needed & {w.slot for w in step.writes}:
             active.append(i)
-            needed = (needed - {w.slot for w in step.writes}) | set(sources(step))
+            needed = (needed - {w.slot for w in step.writes}) | set(step.sources)
     return active[::-1]
 
 
@@ -296,7 +291,7 @@ def _frozen(
     frozen: dict[Slot, Any] = {}
     written: set[Slot] = set()
     for i in active:
-        for slot in sources(plan.steps[i]):
+        for slot in plan.steps[i].sources:
             if slot not in written and slot not in frozen:
                 frozen[slot] = _value_before(plan, i, slot, inputs, values, dtype)
         written |= {w.slot for w in plan.steps[i].writes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ class Step:
     compiled: bool = True
     rng: Any = 0
 
+    @property
+    def sources(self) -> list[Slot]:
+        """The slots that the step reads, whole ones in place of their parts."""
+        return [slot.of if isinstance(slot, Part) else slot for slot in self.reads if slot is not None]
+
     def outputs(self, op: Any, result: Any) -> dict[Slot, Any]:
         """The differentiable outputs by slot; an operator may leave out (None) what it cannot make here."""
         found = {w.slot: w.extract(op, result) for w in self.writes}
@@ -140,10 +145,6 @@ def host_outputs(adata: Any, step: Step, op: Any, result: Any, args: tuple[Any, 
     found = step.outputs(op, result)
     values = {w.slot: _to_host(adata, w, found[w.slot], single) for w in step.writes if w.slot in found}
     return values | dict(step.notes(op, result, args))
-
-
-def _whole(slot: Slot | None) -> Slot | None:
-    return slot.of if isinstance(slot, Part) else slot
 
 
 class Values(dict[Slot, Any]):
@@ -228,15 +229,10 @@ class Plan:
         values = Values()
         used = [step.op for step in self.steps] if ops is None else list(ops)
 
-        def arguments(step: Step, written: Collection[Any] = ()) -> tuple[Any, ...]:
-            """What a step reads, but for what others are yet to write."""
-            with jax.enable_x64(True):
-                there = (slot for slot in step.reads if _whole(slot) not in written)
-                return tuple(self._value(slot, inputs, values) for slot in there)
-
         def run(number: int) -> None:
             step = self.steps[number]
-            args = arguments(step)
+            with jax.enable_x64(True):
+                args = tuple(self._value(slot, inputs, values) for slot in step.reads)
             op, result = run_step(step, args, op=used[number], prepare=prepare)
             if on_result is not None:
                 on_result(step, op, result, args)
@@ -247,9 +243,12 @@ class Plan:
         last = self._prepared_by(used) if lazily else len(used)
         for number in range(last):
             run(number)
+        # What the steps left for later read from the AnnData is among the inputs all the same.
         written: set[Slot] = set()
         for step in self.steps[last:]:
-            arguments(step, written)
+            with jax.enable_x64(True):
+                for slot in set(step.sources) - written:
+                    self._value(slot, inputs, values)
             written |= {w.slot for w in step.writes}
         values.rest = map(run, range(last, len(used)))
         return used, inputs, values

@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from scdiffx._core.graph import Graph
+from scdiffx._core.chebyshev import degree_for, filtered, noise, normalised
 
 __all__ = ["Eigen", "dtype_of", "eigsh", "product"]
 
 _WINDOW = 8  # columns filtered at once: wide enough for the gather kernel, narrow enough to skip what has converged
 _EXTRA = 2  # windows by which the space grows before it is compressed
-_DEGREE = 20  # largest filter degree; above it the search space would be refreshed too rarely
-_GROWTH = 1e4  # by how much a filter may amplify the top of the spectrum over the window: rounding noise grows as much
 _PROBES = 12  # Lanczos steps that bound the spectrum
 _DENSE = 256  # up to this size the dense decomposition is faster and safer
 
@@ -281,16 +279,7 @@ def _orthonormalised(rows: Array, basis: Array) -> Array:
         floor = jnp.where(turn == 0, 10 * eps, 0.1)
         return product((axes * jnp.where(weights > floor, lax.rsqrt(jnp.maximum(weights, eps)), 0)).T, rows)
 
-    return lax.fori_loop(0, 2, sweep, _normalised(rows))
-
-
-def _normalised(rows: Array) -> Array:
-    """Unit rows; zero and non-finite ones become 0."""
-    rows = jnp.where(jnp.isfinite(rows), rows, 0)
-    largest = jnp.abs(rows).max(1, keepdims=True)
-    rows = rows / jnp.where(largest > 0, largest, 1)  # so that the squares neither overflow nor vanish
-    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / jnp.where(norm > 0, norm, 1)
+    return lax.fori_loop(0, 2, sweep, normalised(rows))
 
 
 # --------------------------------------------------------------------------------------------------- the iteration
@@ -356,12 +345,12 @@ def _step(A: Any, low: Any, state: _State, plan: _Plan) -> _State:
     ritz = jnp.stack([space.values[jnp.minimum(plan.keep, space.valid.sum()) - 1], space.values[0]]).astype(dtype)
     cut, top = jnp.where(seeding, jnp.stack([bounds.cut, bounds.upper]), ritz)
     target = jnp.where(seeding, cut, target)
-    source = jnp.where(seeding, 0, _normalised(state.residual)).astype(dtype).T
+    source = jnp.where(seeding, 0, normalised(state.residual)).astype(dtype).T
     seed = lax.cond(
-        seeding, lambda: _noise(source.shape[0], source.shape[1], state.seeds, dtype), lambda: jnp.zeros_like(source)
+        seeding, lambda: noise(source.shape[0], source.shape[1], state.seeds, dtype), lambda: jnp.zeros_like(source)
     )
-    degree = _degree(bounds.lower, cut, top, target[-1])
-    fresh = _filtered(low, seed, source, target, bounds.lower, cut, degree).T.astype(space.basis.dtype)
+    degree = degree_for(bounds.lower, cut, top, target[-1])
+    fresh = filtered(low, seed, source, target, bounds.lower, cut, degree).T.astype(space.basis.dtype)
     state = state._replace(
         space=_append(A, space, fresh),
         steps=state.steps + 1,
@@ -371,21 +360,12 @@ def _step(A: Any, low: Any, state: _State, plan: _Plan) -> _State:
     return _advance(A, state, plan)
 
 
-# ------------------------------------------------------------------------------------------------------ the filter
-
-
-def _noise(n: int, columns: int, seed: Any, dtype: Any) -> Array:
-    """Uniform numbers in [-1, 1), the same under any settings: a hash, which compiles faster than a PRNG."""
-    bits = jnp.arange(n * columns, dtype=jnp.uint32) + jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits = (bits ^ (bits >> 16)) >> 8  # 24 bits: exact in float32
-    return (bits.astype(jnp.float32) / 2**23 - 1).astype(dtype).reshape(n, columns)
+# ------------------------------------------------------------------------------------------- bounds of the spectrum
 
 
 def _bounds(A: Any) -> _Bounds:
     """Bounds of the spectrum from a few Lanczos steps."""
-    start = _normalised(_noise(A.shape[0], 1, 0, dtype_of(A)).T)
+    start = normalised(noise(A.shape[0], 1, 0, dtype_of(A)).T)
     basis = jnp.zeros((_PROBES + 1, A.shape[0]), start.dtype).at[0].set(start[0])
     projected = jnp.zeros((_PROBES + 1, _PROBES + 1), start.dtype)
 
@@ -396,54 +376,10 @@ def _bounds(A: Any) -> _Bounds:
         w = w - product(coefficients, basis)
         w = w - product(product(basis, w), basis)
         norm = jnp.linalg.norm(w)
-        basis = basis.at[j + 1].set(_normalised(w[None])[0])
+        basis = basis.at[j + 1].set(normalised(w[None])[0])
         return basis, projected.at[j].set(coefficients).at[j, j + 1].set(norm)
 
     _, projected = lax.fori_loop(0, _PROBES, lanczos, (basis, projected))
     square, leak = projected[:_PROBES, :_PROBES], projected[_PROBES - 1, _PROBES]
     ritz = jnp.linalg.eigvalsh((square + square.T) / 2)
     return _Bounds(ritz[0] - leak, ritz[-3], ritz[-1] + leak)
-
-
-def _affine(A: Any, v: Array, scale: Array, shift: Array) -> Array:
-    return A.affine(v, scale, shift) if isinstance(A, Graph) else scale * (A @ v) + shift
-
-
-def _mapped(lower: Array, cut: Array) -> tuple[Array, Array]:
-    """Centre and half width of the damped interval; the width never vanishes."""
-    least = jnp.finfo(lower.dtype).eps * jnp.maximum(jnp.abs(cut), jnp.abs(lower)) + jnp.finfo(lower.dtype).tiny
-    return (cut + lower) / 2, jnp.maximum((cut - lower) / 2, least)
-
-
-def _degree(lower: Array, cut: Array, top: Array, target: Array) -> Array:
-    """The degree at which the filter favours the top over the `target` by no more than `_GROWTH`."""
-    centre, half = _mapped(lower, cut)
-    rate = [jnp.arccosh(jnp.maximum((x - centre) / half, 1)) for x in (top, target)]
-    degree = jnp.log(_GROWTH) / jnp.maximum(rate[0] - rate[1], jnp.log(_GROWTH) / _DEGREE)
-    return jnp.clip(degree, 2, _DEGREE).astype(jnp.int32)
-
-
-def _filtered(A: Any, seed: Array, source: Array, values: Array, lower: Array, cut: Array, degree: Array) -> Array:
-    """Unit vectors along ``p(A) x - p(l) x`` for columns x with Ritz value l, given only ``source = A x - l x``.
-
-    p is the Chebyshev polynomial that stays within 1 on [lower, cut]. Both it and its multiple of x are divided by
-    its value at l, lest they overflow; the recurrence below is that of the difference. With no source, a `seed` is
-    filtered itself (by the Chebyshev polynomial of the second kind).
-    """
-    centre, half = _mapped(lower, cut)
-    level, source = (values - centre) / half, source / half
-    reference = jnp.maximum(level, 1)
-
-    def climb(_: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        before, now, weight_before, weight, ratio = carry
-        following = 1 / (2 * reference - ratio)
-        shift = following * (2 * weight * source - ratio * before) - 2 * following * centre / half * now
-        after = _affine(A, now, 2 * following / half, shift)
-        weight_after = following * (2 * level * weight - ratio * weight_before)
-        return now, after, weight, weight_after, following
-
-    ones = jnp.ones_like(level)
-    first = (jnp.zeros_like(source), seed + source / reference, ones, level / reference, ones / reference)
-    result = _normalised(lax.fori_loop(1, degree, climb, first)[1].T).T
-    # Where the operator vanishes so may the filter; any direction is as good there.
-    return jnp.where((result == 0).all(0), seed, result)

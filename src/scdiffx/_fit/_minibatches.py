@@ -18,7 +18,6 @@ from scdiffx._fit._objective import Part, of_cells
 from scdiffx._fit._reach import Reach, pieces
 from scdiffx._program import Program, read_value
 from scdiffx._slots import Obsm, Slot
-from scdiffx._slots import Part as PartOfSlot
 
 __all__ = ["Minibatches"]
 
@@ -73,7 +72,7 @@ class Minibatches:
         if not self.reach.hops:
             self.around.resize(min(self.size * (1 + sum(a.shape[1] for a in self.lists)), self.n_cells))
             return
-        slots = [slot for i in self.reach.steps for slot in map(_source, steps[i].reads) if isinstance(slot, Obsm)]
+        slots = [slot for i in self.reach.steps for slot in steps[i].sources if isinstance(slot, Obsm)]
         near: Any = None
         for slot in slots[:1]:
             near = program.frozen[slot] if slot in program.frozen else program.values([slot])[slot]
@@ -137,10 +136,6 @@ class _Rows:
             # No cell comes twice, so that none of the blocks is longer than one of the longest rows.
             self.widths[size] = min(widest(self.host, min(size, BLOCK_ROWS * n_parts())), self.host.nnz)
         return Counts.from_scipy(self.host[cells], longest=self.widths[size])
-
-
-def _source(slot: Slot | None) -> Slot | None:
-    return slot.of if isinstance(slot, PartOfSlot) else slot
 
 
 def _hosted(slot: Slot, value: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 from scdiffx._calls import repeat
 from scdiffx._fitted import FIT
-from scdiffx._program import sources
 from scdiffx._signatures import changed_arguments
 from scdiffx._slots import Slot, history_of, is_anndata, left_out
 from scdiffx._steps import Plan
@@ -132,7 +131,7 @@ def _check_unchanged(built: Plan) -> None:
     written_over = {w.slot for step in built.steps for w in step.writes}
     before: set[Slot] = set()
     for step in built.steps:
-        if lost := sorted((set(sources(step)) - before) & written_over):
+        if lost := sorted((set(step.sources) - before) & written_over):
             raise ValueError(
                 f"{step.name!r} reads {lost[0]}, which the analysis has written over: pass the data as they were "
                 "before as on="

@@ -10,7 +10,7 @@ from scdiffx._core.fields import structural
 from scdiffx._core.graph import Graph
 from scdiffx._core.pattern import Pattern
 from scdiffx._fit._objective import Part
-from scdiffx._program import Program, sources
+from scdiffx._program import Program
 
 __all__ = ["Reach", "pieces"]
 
@@ -54,7 +54,7 @@ class Reach(NamedTuple):
         of_all = [i for i in near if set(learned[i]) & set(getattr(settled[i], "of_all_for", ()))]
         moved: set[Any] = set()
         for i in program.active:
-            if i in of_all and set(sources(steps[i])[:1]) & moved:
+            if i in of_all and set(steps[i].sources[:1]) & moved:
                 fields = [f"{steps[i].name}.{field}" for field in settled[i].of_all_for]
                 raise ValueError(
                     f"batch_size cannot be used here: to learn {fields}, {steps[i].name} needs the mean over all cells "
@@ -68,7 +68,7 @@ class Reach(NamedTuple):
                 continue
             hops = settled[i].reach(learned[i]) if i in near else (0,) * len(steps[i].reads)
             read = [hop for hop, slot in zip(hops, steps[i].reads, strict=True) if slot is not None]
-            for hop, slot in zip(read, sources(steps[i]), strict=True):
+            for hop, slot in zip(read, steps[i].sources, strict=True):
                 needed[slot] = max(needed.get(slot, 0), out + hop)
         terms = [type(term).__name__ for term in part.terms if hasattr(term, "within")]
         return cls(max(needed.values()), near, [steps[i].name for i in near] + terms, of_all)
